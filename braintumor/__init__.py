@@ -1,0 +1,1 @@
+"""Retraining pipeline for a brain-tumour MRI classifier; a research tool, not a diagnostic device."""

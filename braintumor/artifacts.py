@@ -1,0 +1,109 @@
+"""The names of all files that travel between steps, how they are written, and their digests.
+
+An artifact is a directory. It appears whole or not at all: `replacing_directory` fills a hidden sibling and
+renames it at the end, so a step that is killed leaves the last good output and can be run again.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from braintumor.errors import UserError
+
+CLASS_NAMES = ("glioma", "meningioma", "notumor", "pituitary")
+NO_TUMOUR = "notumor"
+DECLARED_SPLITS = ("train", "test")
+SPLIT_NAMES = ("train", "val", "calibration", "test")
+GROUPS_FILE = "groups.csv"  # optional, in the data set's root: path,patient
+
+CONTEXT = "context.json"
+
+MANIFEST = "manifest.parquet"
+LEAKAGE = "leakage.json"
+FINDINGS = "findings.json"
+DATA_DOCS = "data_docs"
+
+SPLITS = "splits.csv"
+DROPPED = "dropped.csv"
+SPLIT_SUMMARY = "split.json"
+
+MODEL = "model.keras"
+LABELS = "labels.json"
+HISTORY = "history.csv"
+LEARNING_CURVE = "learning_curve.png"
+SEEN_IMAGES = "seen_images.csv"
+TRAINING = "training.json"
+
+METRICS = "metrics.json"
+PREDICTIONS = "predictions.csv"
+CONFUSION_MATRIX = "confusion_matrix.png"
+ROC_CURVES = "roc_curves.png"
+PER_CLASS = "per_class.png"
+
+DECISION = "decision.json"
+
+REGISTRATION = "registration.json"
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex SHA-256 of the file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, made_by: str) -> dict[str, Any]:
+    """The JSON object in `path`; `made_by` is the command that a person runs if it is missing."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run '{made_by}' first")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); run '{made_by}' again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; run '{made_by}' again")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` with sorted keys; NaN and infinity are refused, since JSON has none."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        file.write(text)
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(path)
+
+
+@contextmanager
+def replacing_directory(output: Path) -> Iterator[Path]:
+    """A folder to fill; at the end it replaces `output`, after an error it is removed and `output` is as before."""
+    output = output.absolute()
+    if output.is_file():
+        raise UserError(f"{output} is a file; give a folder as --output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    partial.chmod(0o755)
+    try:
+        yield partial
+        previous = partial.with_name(partial.name.replace(".partial-", ".previous-"))
+        try:
+            if output.exists():
+                output.replace(previous)
+            partial.replace(output)
+        finally:
+            if not output.exists() and previous.exists():
+                previous.replace(output)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

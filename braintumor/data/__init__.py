@@ -1,0 +1,1 @@
+"""Images before any model: the sample, intake, manifest, copies, checks and splits."""

@@ -1,0 +1,191 @@
+"""params.yaml as typed values: unknown and missing keys are errors that name section and key."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from braintumor.artifacts import write_text
+from braintumor.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+PROFILES = Path("params")
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A section of the parameters file: no key may be added or left out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ValidateParams(Section):
+    """Thresholds of the data validation."""
+
+    workers: Annotated[int, Field(ge=0, description="processes that read images; 0: one a core")]
+    min_images_per_class: Positive
+    require_test_images: bool
+    min_side_px: Positive
+    max_side_px: Positive
+    max_class_imbalance: Annotated[float, Field(ge=1, description="largest class / smallest class")]
+    min_intensity_std: Annotated[float, Field(ge=0, description="below it an image counts as nearly empty, 0..255")]
+    copy_correlation: Annotated[float, Field(gt=0, le=1, description="two images are copies above it")]
+    max_leaked_share: Fraction
+
+
+class SplitParams(Section):
+    """How images are divided into train, val, calibration and test."""
+
+    protocol: Literal["official", "grouped", "declared"]
+    seed: int
+    test_fraction: Annotated[float, Field(gt=0, lt=1, description="of all images; used by 'grouped' alone")]
+    val_fraction: Annotated[float, Field(gt=0, lt=1, description="of the images that are not for testing")]
+    calibration_fraction: Annotated[float, Field(gt=0, lt=1, description="of the images that are not for testing")]
+    max_share_deviation: Annotated[float, Field(gt=0, le=1, description="of a class's share in a split")]
+
+
+class Augmentation(Section):
+    """Random changes of a training image; 0 or false turns one off."""
+
+    rotation_degrees: Annotated[float, Field(ge=0, le=180)]
+    shift_fraction: Fraction
+    zoom_fraction: Annotated[float, Field(ge=0, lt=1)]
+    contrast_fraction: Annotated[float, Field(ge=0, lt=1)]
+    flip_horizontal: bool
+
+
+class TrainParams(Section):
+    """The training recipe."""
+
+    seed: int
+    image_size_px: Annotated[int, Field(ge=32, le=1024)]
+    weights: Annotated[str, Field(min_length=1, description="'imagenet', 'none', a file or an s3:// address")]
+    batch_size: Positive
+    head_epochs: Annotated[int, Field(ge=0)]
+    head_learning_rate: Annotated[float, Field(gt=0)]
+    epochs: Annotated[int, Field(ge=0)]
+    optimizer: Literal["adamw", "adam", "sgd"]
+    learning_rate: Annotated[float, Field(gt=0)]
+    schedule: Literal["cosine", "constant"]
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    class_weights: bool
+    early_stopping_epochs: Annotated[int, Field(ge=0, description="0: never stop early")]
+    batch_norm_momentum: Annotated[float, Field(gt=0, lt=1, description="used where BatchNorm trains")]
+    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"]
+    xla: bool
+    augmentation: Augmentation
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> "TrainParams":
+        if self.weights == "none" and self.epochs == 0:
+            raise ValueError("weights 'none' need epochs >= 1: there is no head phase without pretrained weights")
+        if self.head_epochs + self.epochs == 0:
+            raise ValueError("head_epochs and epochs are both 0: nothing would be trained")
+        return self
+
+
+class EvaluateParams(Section):
+    """How figures and their intervals are computed."""
+
+    bootstrap_samples: Annotated[int, Field(ge=100)]
+    confidence_level: Annotated[float, Field(gt=0.5, lt=1)]
+    seed: int
+
+
+class Floor(Section):
+    """A lower bound; only a required one can close the gate, the others warn."""
+
+    value: Fraction
+    required: bool
+
+
+class GateParams(Section):
+    """Floors that a model is judged by."""
+
+    min_accuracy: Floor
+    min_tumour_sensitivity: Floor
+    min_class_recall: Floor
+
+
+class RegisterParams(Section):
+    """Where models are registered."""
+
+    experiment: Annotated[str, Field(min_length=1)]
+    model_name: Annotated[str, Field(min_length=1)]
+    alias: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "validate": ValidateParams,
+    "split": SplitParams,
+    "train": TrainParams,
+    "evaluate": EvaluateParams,
+    "gate": GateParams,
+    "register": RegisterParams,
+}
+
+
+class Params(BaseModel):
+    """A whole parameters file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    validation: ValidateParams = Field(alias="validate")
+    split: SplitParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    gate: GateParams
+    registration: RegisterParams = Field(alias="register")
+
+
+def load_params(path: Path) -> Params:
+    """The parameters in `path`, all sections checked."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; give --params FILE, or run 'braintumor params use NAME'")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no sections; it needs {', '.join(SECTIONS)}")
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(path, item) for item in error.errors())) from error
+
+
+def _explain(path: Path, item: "ErrorDetails") -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    match item["type"]:
+        case "missing":
+            return f"{path}: {place} is missing; add it (a complete file: params/reference.yaml)"
+        case "extra_forbidden":
+            return f"{path}: {place} is unknown; remove it or mend its spelling"
+        case _:
+            return f"{path}: {place} is {item['input']!r}: {item['msg']}"
+
+
+def list_profiles(folder: Path = PROFILES) -> dict[str, str]:
+    """Name and first comment line of every profile."""
+    return {
+        path.stem: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        for path in sorted(folder.glob("*.yaml"))
+    }
+
+
+def use_profile(name: str, folder: Path = PROFILES, target: Path = Path("params.yaml")) -> Path:
+    """`target` is a copy of the profile `name`; the file that stood there is in git."""
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"there is no profile {name}; choose one of {', '.join(list_profiles(folder)) or 'none found'}")
+    load_params(path)
+    write_text(target, path.read_text(encoding="utf-8"))
+    return path

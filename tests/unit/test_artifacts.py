@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import pytest
+
+from braintumor.artifacts import read_json, replacing_directory, write_json
+from braintumor.errors import UserError
+
+
+def test_directory_appears_whole_and_replaces_the_earlier_one(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "model"
+    for content in ("first", "second"):
+        with replacing_directory(output) as folder:
+            (folder / content).write_text(content)
+            assert not (output / content).exists()
+    assert [path.name for path in output.iterdir()] == ["second"]
+    assert [path.name for path in output.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_failure_leaves_the_earlier_directory_and_no_rest(tmp_path: Path, failure: type[BaseException]) -> None:
+    output = tmp_path / "model"
+    output.mkdir()
+    (output / "kept").write_text("kept")
+    with pytest.raises(failure), replacing_directory(output) as folder:
+        (folder / "half").write_text("half")
+        raise failure
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["model", "model/kept"]
+
+
+def test_output_that_is_a_file_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(UserError, match="is a file"), replacing_directory(tmp_path / "model"):
+        pass
+    assert (tmp_path / "model").read_text() == "mine"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_json_takes_no_number_that_is_not_finite(tmp_path: Path, value: float) -> None:
+    write_json(tmp_path / "a.json", {"kept": 1})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"lost": value})
+    assert read_json(tmp_path / "a.json", "braintumor train") == {"kept": 1}
+
+
+@pytest.mark.parametrize(("text", "told"), [(None, "is missing"), ("{", "not valid JSON"), ("[]", "no JSON object")])
+def test_unreadable_json_names_the_command_that_makes_it(tmp_path: Path, text: str | None, told: str) -> None:
+    path = tmp_path / "metrics.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=told) as error:
+        read_json(path, "braintumor evaluate")
+    assert "'braintumor evaluate'" in str(error.value)
