@@ -1,0 +1,329 @@
+"""The manifest: one row an image, with all that later steps have to know of it, and the version of the data set."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from braintumor.artifacts import CLASS_NAMES, DECLARED_SPLITS, GROUPS_FILE, MANIFEST
+from braintumor.data.duplicates import FINGERPRINT_PX, Fingerprints, fingerprint, group_copies
+from braintumor.errors import UserError, name_some
+from braintumor.model.images import IMAGE_SUFFIXES, UnreadableImage, open_image, to_grey
+
+MADE_BY = "braintumor validate"
+DATA_MD5_KEY = b"data_md5"
+# What DVC never takes into a version, whatever .dvcignore says.
+UNVERSIONED_FOLDERS = frozenset({".git", ".hg", ".dvc"})
+UNVERSIONED_FILES = frozenset({".git"})
+# Starting a pool of processes takes longer than reading so few images.
+WORTH_A_POOL = 1000
+BORDER_SHARE = 0.05
+
+# Statistics are of the grey image, 0..255. Columns from `width` on are null where the image can't be decoded.
+SCHEMA = pa.schema(
+    [
+        pa.field("path", pa.string(), nullable=False),  # POSIX, relative to the data set
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("declared_split", pa.string(), nullable=False),
+        pa.field("patient", pa.string()),
+        pa.field("duplicate_group", pa.string(), nullable=False),
+        pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("md5", pa.string(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("is_readable", pa.bool_(), nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("width", pa.int64()),
+        pa.field("height", pa.int64()),
+        pa.field("mode", pa.string()),
+        pa.field("pixels_sha256", pa.string()),  # of the decoded grey pixels
+        pa.field("mean", pa.float64()),
+        pa.field("std", pa.float64()),
+        pa.field("p01", pa.float64()),
+        pa.field("p50", pa.float64()),
+        pa.field("p99", pa.float64()),
+        pa.field("border_mean", pa.float64()),  # of the outermost 5 % on each side
+    ]
+)
+
+OnImage = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The files of a data set, as POSIX paths relative to it, sorted."""
+
+    images: list[str]  # {train,test}/<class>/<name>
+    misplaced: list[str]  # images anywhere else
+    ignored: list[str]  # hidden files and other suffixes
+    versioned: list[str]  # all that DVC counts, groups.csv included
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A data set after every image was read: the manifest's frame and what stands beside the images."""
+
+    images: pd.DataFrame
+    contents: Contents
+    data_md5: str
+
+
+def list_contents(dataset: Path) -> Contents:
+    """All files of `dataset`, by what they are; no image is opened."""
+    if not dataset.is_dir():
+        raise UserError(f"{dataset} is missing; run 'dvc pull' or 'braintumor data import', or mend --dataset")
+    versioned = sorted(_walk(dataset))
+    visible = [path for path in versioned if not _is_hidden(path)]
+    pictures = [path for path in visible if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES]
+    images = [path for path in pictures if _stands_in_a_class(path)]
+    taken = {*pictures, GROUPS_FILE}
+    return Contents(
+        images=images,
+        misplaced=sorted(set(pictures) - set(images)),
+        ignored=[path for path in versioned if path not in taken],
+        versioned=versioned,
+    )
+
+
+def survey(
+    dataset: Path,
+    workers: int,
+    copy_correlation: float,
+    on_image: OnImage = lambda: None,
+    contents: Contents | None = None,
+) -> Survey:
+    """Every image of `dataset` examined, and copies of one slice put into one duplicate group.
+
+    `workers` processes read (0: one a core). An image that can't be decoded keeps its row, with `is_readable` false
+    and the reason in `error`. Raises UserError for a missing folder, files that can't be opened and a wrong groups.csv.
+    """
+    contents = contents or list_contents(dataset)
+    patients = _read_patients(dataset, contents.images)
+    records: list[dict[str, Any]] = []
+    fingerprints = np.zeros((len(contents.images), FINGERPRINT_PX, FINGERPRINT_PX), np.float16)
+    for index, (record, its_fingerprint) in enumerate(_examine_all(dataset, contents.images, workers)):
+        records.append(record | {"patient": patients.get(record["path"])})
+        fingerprints[index] = its_fingerprint
+        on_image()
+    groups = group_copies(
+        [record["sha256"] for record in records],
+        [record.get("pixels_sha256") for record in records],
+        fingerprints,
+        copy_correlation,
+    )
+    for record, group in zip(records, groups, strict=True):
+        record["duplicate_group"] = group
+    known = {record["path"]: record["md5"] for record in records}
+    others = [path for path in contents.versioned if path not in known]
+    return Survey(_frame(records), contents, version_md5(known | file_md5s(dataset, others)))
+
+
+def dataset_md5(dataset: Path) -> str:
+    """The md5 that DVC gives the folder (`outs[0].md5` of data.dvc, without '.dir'), computed from the files.
+
+    Patterns in a .dvcignore outside the folder are not applied; one inside it is refused, as DVC does.
+    """
+    return version_md5(file_md5s(dataset, list_contents(dataset).versioned))
+
+
+def version_md5(md5s: Mapping[str, str]) -> str:
+    """DVC's md5 of a folder whose files have these md5s (dvc_data.hashfile.tree.Tree.digest)."""
+    entries = [{"md5": md5s[path], "relpath": path} for path in sorted(md5s)]
+    return hashlib.md5(json.dumps(entries, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
+
+
+def file_md5s(dataset: Path, paths: Sequence[str]) -> dict[str, str]:
+    """The md5 of each file."""
+
+    def md5(path: str) -> str:
+        try:
+            with (dataset / path).open("rb") as file:
+                return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        except OSError as error:
+            raise _unopened(dataset / path, error) from error
+
+    # Hashing and reading release the interpreter lock: threads are enough.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(paths, pool.map(md5, paths), strict=True))
+
+
+def write_manifest(images: pd.DataFrame, data_md5: str, path: Path) -> None:
+    """`images` stand in `path`, sorted, with `data_md5` in the schema's metadata; the same rows give the same bytes."""
+    ordered = images.sort_values("path", ignore_index=True)
+    table = pa.Table.from_pandas(ordered, schema=SCHEMA, preserve_index=False)
+    pq.write_table(table.replace_schema_metadata({DATA_MD5_KEY: data_md5.encode()}), path, compression="zstd")
+
+
+def load_manifest(path: Path) -> tuple[pd.DataFrame, str]:
+    """The manifest in `path` (the file, or the folder that holds it) and the `data_md5` that it was made from."""
+    file = path / MANIFEST if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{file} is missing; run '{MADE_BY}' first (it leaves none after a critical finding)")
+    try:
+        table = pq.read_table(file)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file} is not valid parquet ({error}); run '{MADE_BY}' again") from error
+    missing = [name for name in SCHEMA.names if name not in table.schema.names]
+    data_md5 = (table.schema.metadata or {}).get(DATA_MD5_KEY, b"").decode()
+    if missing or not data_md5:
+        lacks = ", ".join([*missing, *([] if data_md5 else ["its data_md5"])])
+        raise UserError(f"{file} lacks {lacks}; run '{MADE_BY}' again")
+    return _as_frame(table.select(SCHEMA.names)), data_md5
+
+
+def _walk(dataset: Path) -> Iterator[str]:
+    # Links to folders are not followed, links to files are: DVC does both so.
+    for folder, folders, files in os.walk(dataset, onerror=_refuse_folder):
+        folders[:] = [name for name in folders if name not in UNVERSIONED_FOLDERS]
+        for name in files:
+            if name in UNVERSIONED_FILES:
+                continue
+            path = Path(folder, name)
+            _refuse_oddities(path)
+            yield path.relative_to(dataset).as_posix()
+
+
+def _refuse_oddities(path: Path) -> None:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{str(path)!a} has a name that is not UTF-8; rename the file") from None
+    if path.name == ".dvcignore":
+        raise UserError(f"{path} stands inside a data set, which DVC refuses; move it to the project's root")
+    try:
+        is_regular = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        raise _unopened(path, error) from error
+    if not is_regular:
+        raise UserError(f"{path} is neither a file nor a folder; remove it")
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise _unopened(Path(error.filename), error) from error
+
+
+def _unopened(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} can't be opened ({error.strerror}); mend it, or remove it and run 'dvc checkout'")
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(path).parts)
+
+
+def _stands_in_a_class(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return len(parts) == 3 and parts[0] in DECLARED_SPLITS and parts[1] in CLASS_NAMES
+
+
+def _read_patients(dataset: Path, images: Sequence[str]) -> dict[str, str]:
+    """The patient of each image that groups.csv names; images it leaves out are of unknown patients."""
+    file = dataset / GROUPS_FILE
+    if not file.is_file():
+        return {}
+    try:
+        rows = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} is not valid CSV ({error}); it needs the columns path,patient") from error
+    missing = [column for column in ("path", "patient") if column not in rows.columns]
+    if missing:
+        raise UserError(f"{file} lacks the column {' and '.join(missing)}; it needs path,patient")
+    unknown = sorted(set(rows["path"]) - set(images))
+    if unknown:
+        raise UserError(
+            f"{file} names images that do not exist: {name_some(unknown)}; correct the paths or remove the rows"
+        )
+    named_twice = sorted(set(rows.loc[rows["path"].duplicated(), "path"]))
+    if named_twice:
+        raise UserError(f"{file} names images twice: {name_some(named_twice)}; keep one row an image")
+    patients = zip(rows["path"], rows["patient"].str.strip(), strict=True)
+    return {path: patient for path, patient in patients if patient}
+
+
+def _examine_all(dataset: Path, paths: Sequence[str], workers: int) -> Iterator[tuple[dict[str, Any], Fingerprints]]:
+    processes = min(workers or os.cpu_count() or 1, 61)
+    if processes == 1 or len(paths) < WORTH_A_POOL:
+        yield from (_examine(dataset, path) for path in paths)
+        return
+    # 'spawn': a forked copy of a process with running threads (a progress bar, TensorFlow) may lock up.
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+            yield from pool.map(_examine, [dataset] * len(paths), paths, chunksize=32)
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"a process that read {dataset} was killed, most likely for lack of memory; set validate.workers lower"
+        ) from error
+
+
+def _examine(dataset: Path, path: str) -> tuple[dict[str, Any], Fingerprints]:
+    """One row of the manifest, all but patient and group, and the image's fingerprint."""
+    file = dataset / path
+    declared_split, label, _ = PurePosixPath(path).parts
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise _unopened(file, error) from error
+    record: dict[str, Any] = {
+        "path": path,
+        "label": label,
+        "declared_split": declared_split,
+        "size_bytes": len(content),
+        "md5": hashlib.md5(content, usedforsecurity=False).hexdigest(),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "is_readable": True,
+    }
+    no_texture = np.zeros((FINGERPRINT_PX, FINGERPRINT_PX), np.float16)
+    try:
+        image = open_image(file)
+        grey = to_grey(image, file)
+    except UnreadableImage as error:
+        # The same data set gives the same manifest, wherever it lies.
+        return record | {"is_readable": False, "error": str(error).replace(str(file), path)}, no_texture
+    size = {"width": image.width, "height": image.height, "mode": image.mode}
+    return record | size | _statistics(grey), fingerprint(grey)
+
+
+def _statistics(grey: NDArray[np.uint8]) -> dict[str, Any]:
+    counts = np.bincount(grey.ravel(), minlength=256)
+    levels = np.arange(256)
+    mean = float(counts @ levels / grey.size)
+    low, median, high = np.searchsorted(np.cumsum(counts), np.array([0.01, 0.5, 0.99]) * grey.size)
+    return {
+        "pixels_sha256": hashlib.sha256(str(grey.shape).encode() + grey.tobytes()).hexdigest(),
+        "mean": mean,
+        "std": float(np.sqrt(counts @ (levels - mean) ** 2 / grey.size)),
+        "p01": float(low),
+        "p50": float(median),
+        "p99": float(high),
+        "border_mean": _border_mean(grey),
+    }
+
+
+def _border_mean(grey: NDArray[np.uint8]) -> float:
+    height, width = (max(1, round(side * BORDER_SHARE)) for side in grey.shape)
+    is_border = np.ones(grey.shape, bool)
+    is_border[height:-height, width:-width] = False
+    return float(grey[is_border].mean())
+
+
+def _frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    return _as_frame(pa.Table.from_pylist(list(records), schema=SCHEMA))
+
+
+def _as_frame(table: pa.Table) -> pd.DataFrame:
+    integers = {pa.int64(): pd.Int64Dtype()}
+    frame = table.to_pandas(types_mapper=integers.get)
+    assert isinstance(frame, pd.DataFrame)
+    return frame

@@ -1,0 +1,1 @@
+"""DenseNet201: image decoding, building, training and inference."""

@@ -1,0 +1,1 @@
+"""The steps of the pipeline: one file a step, its function repeats the file's name."""

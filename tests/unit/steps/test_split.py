@@ -1,0 +1,134 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from braintumor.artifacts import CLASS_NAMES, SPLIT_NAMES, sha256_of_file
+from braintumor.data.manifest import dataset_md5, survey, write_manifest
+from braintumor.data.split_artifact import load_split
+from braintumor.errors import UserError
+from braintumor.params import SplitParams
+from braintumor.steps.split import split
+
+PARAMS = SplitParams(
+    protocol="official",
+    seed=20,
+    test_fraction=0.2,
+    val_fraction=0.2,
+    calibration_fraction=0.2,
+    max_share_deviation=0.1,
+)
+
+
+def draw(path: Path, seed: int) -> Image.Image:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 40), dtype=np.uint8))
+    image.save(path)
+    return image
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 30 + 8 images a class, one of them mirrored into training, and its manifest."""
+    root = tmp_path_factory.mktemp("made")
+    for index, label in enumerate(CLASS_NAMES):
+        for number in range(38):
+            folder = "train" if number < 30 else "test"
+            image = draw(root / "data" / folder / label / f"{number}.png", 100 * index + number)
+    image.transpose(Image.Transpose.ROTATE_180).save(root / "data/train/pituitary/turned.png")
+    surveyed = survey(root / "data", 1, 0.9)
+    (root / "validation").mkdir()
+    write_manifest(surveyed.images, surveyed.data_md5, root / "validation/manifest.parquet")
+    return root
+
+
+@pytest.fixture
+def folders(made: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Data set, validation and output; each test has its own."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "data", tmp_path / "validation", tmp_path / "split"
+
+
+def test_official_leaves_a_split_that_later_steps_accept(folders: tuple[Path, Path, Path]) -> None:
+    dataset, validation, output = folders
+    summary = split(dataset, validation, output, PARAMS)
+    rows = pd.read_csv(output / "splits.csv")
+    dropped = pd.read_csv(output / "dropped.csv")
+    record = json.loads((output / "split.json").read_text())
+    assert list(rows.columns) == ["path", "label", "group", "split"]
+    assert dropped.to_dict("records") == [
+        {
+            "path": "train/pituitary/turned.png",
+            "label": "pituitary",
+            "group": rows.set_index("path").loc["test/pituitary/37.png", "group"],
+            "reason": "copy of a test image",
+        }
+    ]
+    assert record["data_md5"] == dataset_md5(dataset)
+    assert record["splits_sha256"] == sha256_of_file(output / "splits.csv")
+    assert record["sizes"] == summary.sizes == {name: int((rows["split"] == name).sum()) for name in SPLIT_NAMES}
+    assert record["sizes"]["test"] == 32
+    assert record["sizes_by_class"]["test"] == dict.fromkeys(CLASS_NAMES, 8)
+    assert (record["protocol"], record["claim"]) == ("official", "copy-free, patients unknown")
+    assert (record["n_dropped"], record["leaked_test_images"], record["leaked_share"]) == (1, 0, 0.0)
+    assert 0 <= record["nearest_neighbour_accuracy"] <= 0.6
+    assert record["max_share_deviation_seen"] >= 0
+    assert load_split(output).sha256 == record["splits_sha256"]
+
+
+def test_declared_counts_its_leak_and_grouped_has_none(folders: tuple[Path, Path, Path]) -> None:
+    dataset, validation, output = folders
+    declared = split(dataset, validation, output, PARAMS.model_copy(update={"protocol": "declared"}))
+    assert (declared.claim, declared.leaked_share) == ("leaks kept", 1 / 32)
+    assert pd.read_csv(output / "dropped.csv").empty
+    grouped = split(dataset, validation, output, PARAMS.model_copy(update={"protocol": "grouped"}))
+    assert (grouped.leaked_share, grouped.n_dropped) == (0.0, 0)
+    assert sum(grouped.sizes.values()) == 153
+
+
+def test_the_same_manifest_gives_the_same_bytes(folders: tuple[Path, Path, Path]) -> None:
+    dataset, validation, output = folders
+    split(dataset, validation, output, PARAMS)
+    first = {path.name: path.read_bytes() for path in output.iterdir()}
+    split(dataset, validation, output, PARAMS)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == first
+
+
+@pytest.mark.parametrize("change", ["edited", "added", "removed", "beside"])
+def test_a_data_set_that_is_not_the_validated_one_is_refused(folders: tuple[Path, Path, Path], change: str) -> None:
+    dataset, validation, output = folders
+    split(dataset, validation, output, PARAMS)
+    before = (output / "splits.csv").read_bytes()
+    match change:
+        case "edited":
+            draw(dataset / "train/glioma/3.png", 999)
+        case "added":
+            draw(dataset / "train/glioma/3000.png", 999)
+        case "removed":
+            (dataset / "train/glioma/3.png").unlink()
+        case "beside":
+            (dataset / "groups.csv").write_text("path,patient\n")
+    named = "a file beside the images" if change == "beside" else "train/glioma/3"
+    with pytest.raises(UserError, match="run 'braintumor validate' again") as refusal:
+        split(dataset, validation, output, PARAMS)
+    assert named in str(refusal.value)
+    assert (output / "splits.csv").read_bytes() == before
+    assert {path.name for path in output.parent.iterdir()} == {"data", "validation", "split"}
+
+
+def test_a_missing_manifest_or_data_set_and_an_impossible_split_leave_nothing(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    dataset, validation, output = folders
+    with pytest.raises(UserError, match=r"manifest\.parquet is missing; run 'braintumor validate'"):
+        split(dataset, tmp_path / "nowhere", output, PARAMS)
+    with pytest.raises(UserError, match="nowhere is missing"):
+        split(tmp_path / "nowhere", validation, output, PARAMS)
+    with pytest.raises(UserError, match="leaves classes without images"):
+        split(dataset, validation, output, PARAMS.model_copy(update={"val_fraction": 1e-9}))
+    assert not output.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "validation"}
