@@ -1,0 +1,154 @@
+"""Figures of a classifier on its test images, with intervals by bootstrap over groups of copies or patients."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from braintumor.artifacts import CLASS_NAMES, NO_TUMOUR
+from braintumor.errors import UserError
+from braintumor.params import EvaluateParams
+
+PROBABILITY_COLUMNS = tuple(f"probability_{name}" for name in CLASS_NAMES)
+PREDICTION_COLUMNS = ("path", "label", "group", "predicted", *PROBABILITY_COLUMNS)
+_COLUMN_TYPES: dict[str, type] = {name: float if name in PROBABILITY_COLUMNS else str for name in PREDICTION_COLUMNS}
+_NO_TUMOUR = CLASS_NAMES.index(NO_TUMOUR)
+
+
+def make_predictions(rows: pd.DataFrame, probabilities: NDArray[np.float32]) -> pd.DataFrame:
+    """Rows of predictions.csv for rows with path, label, group and probabilities (n, 4)."""
+    predicted = np.asarray(CLASS_NAMES)[probabilities.argmax(axis=1)]
+    columns = {name: probabilities[:, index].astype(float) for index, name in enumerate(PROBABILITY_COLUMNS)}
+    return rows[["path", "label", "group"]].reset_index(drop=True).assign(predicted=predicted, **columns)
+
+
+def read_predictions(path: Path) -> pd.DataFrame:
+    """The rows of predictions.csv, names as text and probabilities as numbers."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run 'braintumor evaluate' first")
+    try:
+        return pd.read_csv(path, dtype=_COLUMN_TYPES, keep_default_na=False, float_precision="round_trip")
+    except ValueError as error:
+        raise UserError(f"{path} is not a table of predictions ({error}); run 'braintumor evaluate' again") from error
+
+
+def compute_metrics(predictions: pd.DataFrame, params: EvaluateParams) -> dict[str, Any]:
+    """Figures of predictions.csv, n_test to confusion_matrix; the same rows in any order give the same figures.
+
+    Raises UserError where a figure would be undefined: a class without test images, a probability that is not finite,
+    or a prediction that is not the most probable class.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    predictions = predictions.sort_values("path", ignore_index=True)
+    truth, predicted, probabilities = _checked(predictions)
+    groups = pd.factorize(predictions["group"])[0]
+    n_groups = int(groups.max()) + 1
+    by_group = np.zeros((n_groups, len(CLASS_NAMES), len(CLASS_NAMES)))
+    np.add.at(by_group, (groups, truth, predicted), 1)
+    confusion = by_group.sum(axis=0)
+    figures = _figures(confusion)
+    is_tumour = truth != _NO_TUMOUR
+    return {
+        "n_test": len(predictions),
+        "n_groups": n_groups,
+        "confidence_level": params.confidence_level,
+        **{name: float(value) for name, value in figures.items()},
+        **{f"{name}_interval": bounds for name, bounds in _intervals(by_group, params).items()},
+        "macro_auroc": float(roc_auc_score(truth, _normalised(probabilities), multi_class="ovr", average="macro")),
+        "tumour_auroc": float(roc_auc_score(is_tumour, 1 - probabilities[:, _NO_TUMOUR])),
+        "per_class": _per_class(confusion, truth, probabilities),
+        "confusion_matrix": confusion.astype(int).tolist(),
+    }
+
+
+def _checked(predictions: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    missing = [column for column in PREDICTION_COLUMNS if column not in predictions]
+    if missing:
+        raise UserError(f"predictions.csv has no column {', '.join(missing)}; run 'braintumor evaluate' again")
+    probabilities = predictions[list(PROBABILITY_COLUMNS)].to_numpy(float)
+    if not np.isfinite(probabilities).all() or not np.allclose(probabilities.sum(axis=1), 1, atol=1e-3):
+        raise UserError("predictions.csv holds rows that are no probabilities; run 'braintumor evaluate' again")
+    classes = {name: index for index, name in enumerate(CLASS_NAMES)}
+    truth, predicted = predictions["label"].map(classes), predictions["predicted"].map(classes)
+    if truth.isna().any() or predicted.isna().any():
+        raise UserError(f"predictions.csv holds labels other than {', '.join(CLASS_NAMES)}; check the data set")
+    absent = [name for index, name in enumerate(CLASS_NAMES) if not (truth == index).any()]
+    if absent:
+        raise UserError(f"no test image of class {', '.join(absent)}; add some, or split with protocol 'grouped'")
+    if (probabilities.argmax(axis=1) != predicted).any():
+        raise UserError("predictions.csv names a class that is not its most probable; run 'braintumor evaluate' again")
+    return np.asarray(truth, np.int64), np.asarray(predicted, np.int64), probabilities
+
+
+def _figures(confusion: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """Figures of confusion matrices (..., true, predicted), each (...); 0 / 0 counts as 0."""
+    right = np.diagonal(confusion, axis1=-2, axis2=-1)
+    recall = _ratio(right, confusion.sum(axis=-1))
+    precision = _ratio(right, confusion.sum(axis=-2))
+    tumour = [index for index in range(len(CLASS_NAMES)) if index != _NO_TUMOUR]
+    tumour_rows = confusion[..., tumour, :]
+    return {
+        "accuracy": _ratio(right.sum(axis=-1), confusion.sum(axis=(-2, -1))),
+        "balanced_accuracy": recall.mean(axis=-1),
+        "macro_f1": _ratio(2 * precision * recall, precision + recall).mean(axis=-1),
+        "tumour_sensitivity": _ratio(tumour_rows[..., tumour].sum(axis=(-2, -1)), tumour_rows.sum(axis=(-2, -1))),
+        "tumour_specificity": recall[..., _NO_TUMOUR],
+    }
+
+
+def _ratio(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.divide(part, whole, out=np.zeros_like(part, dtype=float), where=whole > 0)
+
+
+def _intervals(by_group: NDArray[np.float64], params: EvaluateParams) -> dict[str, list[float]]:
+    """Percentile intervals over resamples of whole groups (Efron & Tibshirani 1993, chapter 13).
+
+    A figure of exactly 1 gives resamples without spread. The interval then reaches down to Clopper & Pearson's bound
+    (1934) for that many groups, all of them right, so that a small test set can't claim certainty.
+    """
+    from scipy.stats import beta
+
+    n_groups = len(by_group)
+    draws = np.random.default_rng(params.seed).multinomial(
+        n_groups, np.full(n_groups, 1 / n_groups), size=params.bootstrap_samples
+    )
+    resampled = (draws @ by_group.reshape(n_groups, -1)).reshape(-1, *by_group.shape[1:])
+    tail = (1 - params.confidence_level) / 2
+    certain = float(beta.ppf(tail, n_groups, 1))
+    point = _figures(by_group.sum(axis=0))
+    intervals = {}
+    for name, values in _figures(resampled).items():
+        low, high = np.quantile(values, [tail, 1 - tail])
+        intervals[name] = [min(float(low), certain) if point[name] == 1 else float(low), float(high)]
+    return intervals
+
+
+def _per_class(
+    confusion: NDArray[np.float64], truth: NDArray[np.int64], probabilities: NDArray[np.float64]
+) -> dict[str, dict[str, float]]:
+    from sklearn.metrics import roc_auc_score
+
+    right = np.diagonal(confusion)
+    true, predicted, total = confusion.sum(axis=1), confusion.sum(axis=0), confusion.sum()
+    recall, precision = _ratio(right, true), _ratio(right, predicted)
+    specificity = _ratio(total - true - predicted + right, total - true)
+    f1 = _ratio(2 * precision * recall, precision + recall)
+    return {
+        name: {
+            "n": int(true[index]),
+            "recall": float(recall[index]),
+            "specificity": float(specificity[index]),
+            "precision": float(precision[index]),
+            "f1": float(f1[index]),
+            "auroc": float(roc_auc_score(truth == index, probabilities[:, index])),
+        }
+        for index, name in enumerate(CLASS_NAMES)
+    }
+
+
+def _normalised(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    # scikit-learn wants rows that sum to 1 more exactly than 32-bit floats do.
+    return probabilities / probabilities.sum(axis=1, keepdims=True)

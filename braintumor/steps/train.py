@@ -1,0 +1,142 @@
+"""The step `train`."""
+
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from braintumor import artifacts
+from braintumor.data.split_artifact import MadeSplit, load_split, refuse_other_data
+from braintumor.evidence.plots import plot_learning_curve
+from braintumor.model import training
+from braintumor.model.densenet import Classifier, build_classifier, with_temperature
+from braintumor.model.images import load_images
+from braintumor.model.inference import BATCH_SIZE
+from braintumor.model.saved import model_digest
+from braintumor.params import Params
+from braintumor.progress import Progress, silent
+from braintumor.registry import tracking
+
+USED_SPLITS = ("train", "val", "calibration")
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What came out of a training."""
+
+    model_digest: str
+    epochs_run: int
+    best_epoch: int
+    best_val_loss: float
+    best_val_accuracy: float
+    temperature: float
+    seconds: float
+    mlflow_run_id: str | None
+
+
+def train(dataset: Path, splits: Path, output: Path, params: Params, progress: Progress = silent) -> TrainingSummary:
+    """DenseNet201 is fine-tuned on the split's images; the best epoch is kept, with its temperature.
+
+    The model is written before MLflow is asked to keep it: a server that is down costs a warning, not the training.
+    """
+    started = time.monotonic()
+    made = load_split(splits)
+    refuse_other_data(dataset, made.data_md5, splits)
+    training.make_reproducible(params.train.seed)
+    classifier = build_classifier(params.train)
+    images = {name: _load(dataset, made, name, params, progress) for name in USED_SPLITS}
+    with tracking.training_run(params, made.data_md5) as run:
+        history = training.History(on_epoch=run.log_epoch)
+        _fit(classifier, images, params, history, progress)
+        temperature = _fit_temperature(classifier, images["calibration"])
+        summary = _save(classifier, history, temperature, made, dataset, output, params, started, run.run_id)
+    tracking.publish_if_reachable(params, model=output)
+    return summary
+
+
+def _load(dataset: Path, made: MadeSplit, name: str, params: Params, progress: Progress) -> training.LabelledImages:
+    rows = made.part(name)
+    advance = progress(f"train: decoding {name}", len(rows))
+    pixels = load_images(dataset, list(rows["path"]), params.train.image_size_px, advance)
+    labels = rows["label"].map(artifacts.CLASS_NAMES.index).to_numpy(np.int64)
+    return training.LabelledImages(pixels, labels)
+
+
+def _fit(
+    classifier: Classifier,
+    images: dict[str, training.LabelledImages],
+    params: Params,
+    history: training.History,
+    progress: Progress,
+) -> None:
+    if classifier.is_pretrained and params.train.head_epochs:
+        advance = progress("train: head on cached features", params.train.head_epochs)
+        training.fit_head(classifier, images["train"], images["val"], params.train, history, advance)
+    if params.train.epochs:
+        steps = training.steps_per_epoch(len(images["train"].labels), params.train) * params.train.epochs
+        advance = progress("train: fine-tuning", steps)
+        training.fine_tune(classifier, images["train"], images["val"], params.train, history, advance)
+
+
+def _fit_temperature(classifier: Classifier, calibration: training.LabelledImages) -> float:
+    logits = classifier.network.predict(calibration.images.astype(np.float32), batch_size=BATCH_SIZE, verbose=0)
+    return training.fit_temperature(logits, calibration.labels)
+
+
+def _save(
+    classifier: Classifier,
+    history: training.History,
+    temperature: float,
+    made: MadeSplit,
+    dataset: Path,
+    output: Path,
+    params: Params,
+    started: float,
+    run_id: str | None,
+) -> TrainingSummary:
+    assert history.best is not None
+    with artifacts.replacing_directory(output) as folder:
+        with_temperature(classifier.network, temperature).save(folder / artifacts.MODEL)
+        summary = TrainingSummary(
+            model_digest=model_digest(folder / artifacts.MODEL),
+            epochs_run=len(history.epochs),
+            best_epoch=history.best.epoch,
+            best_val_loss=history.best.val_loss,
+            best_val_accuracy=history.best.val_accuracy,
+            temperature=temperature,
+            seconds=round(time.monotonic() - started, 1),
+            mlflow_run_id=run_id,
+        )
+        rows = made.rows[made.rows["split"].isin(USED_SPLITS)]
+        artifacts.write_json(
+            folder / artifacts.TRAINING,
+            asdict(summary)
+            | {
+                "data_md5": made.data_md5,
+                "splits_sha256": made.sha256,
+                "params": params.train.model_dump(),
+                "git_commit": git_commit(),
+                "images": rows["split"].value_counts().to_dict(),
+            },
+        )
+        artifacts.write_json(folder / artifacts.LABELS, {"class_names": list(artifacts.CLASS_NAMES)})
+        pd.DataFrame(history.rows()).to_csv(folder / artifacts.HISTORY, index=False)
+        plot_learning_curve(history.rows(), folder / artifacts.LEARNING_CURVE)
+        digests = [artifacts.sha256_of_file(dataset / path) for path in rows["path"]]
+        rows.assign(sha256=digests).to_csv(folder / artifacts.SEEN_IMAGES, index=False)
+    return summary
+
+
+def git_commit() -> str | None:
+    """The commit of the code in use, '-dirty' if files differ from it; None outside a repository."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None

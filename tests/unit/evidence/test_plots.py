@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from braintumor.artifacts import CLASS_NAMES
+from braintumor.evidence import plots
+from braintumor.evidence.metrics import compute_metrics, make_predictions
+from braintumor.params import EvaluateParams
+
+
+def evaluation() -> tuple[pd.DataFrame, dict[str, object]]:
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(4), 80).astype(np.float32)
+    rows = pd.DataFrame({"path": [f"{i:03d}.jpg" for i in range(80)], "label": CLASS_NAMES * 20, "group": range(80)})
+    predictions = make_predictions(rows, probabilities)
+    return predictions, compute_metrics(
+        predictions, EvaluateParams(bootstrap_samples=100, confidence_level=0.95, seed=0)
+    )
+
+
+def draw_all(folder: Path) -> list[bytes]:
+    predictions, metrics = evaluation()
+    rows = [
+        {
+            "epoch": n,
+            "phase": phase,
+            "train_loss": 1 / n,
+            "val_loss": 1.2 / n,
+            "train_accuracy": 0.5,
+            "val_accuracy": 0.4,
+        }
+        for n, phase in enumerate(("head", "head", "fine-tuning", "fine-tuning"), start=1)
+    ]
+    plots.plot_learning_curve(rows, folder / "curve.png")
+    plots.plot_confusion_matrix(metrics, folder / "confusion.png")
+    plots.plot_roc_curves(predictions, metrics, folder / "roc.png")
+    plots.plot_per_class(metrics, folder / "class.png")
+    return [path.read_bytes() for path in sorted(folder.iterdir())]
+
+
+def test_same_figures_give_the_same_files_and_no_plot_is_blank(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    assert draw_all(tmp_path / "one") == draw_all(tmp_path / "two")
+    for path in (tmp_path / "one").iterdir():
+        with Image.open(path) as image:
+            assert min(image.size) >= 350
+            assert len(set(image.convert("L").tobytes())) > 20
+
+
+def test_every_class_has_a_colour_of_its_own() -> None:
+    assert len(set(plots.CLASS_COLOURS.values())) == len(CLASS_NAMES)
