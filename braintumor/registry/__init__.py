@@ -1,0 +1,1 @@
+"""The gate's rules, and the only door to MLflow."""

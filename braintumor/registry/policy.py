@@ -1,0 +1,217 @@
+"""The gate's rules: pure, they take numbers and give a verdict. Whatever is missing or not a number closes the gate."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from braintumor.artifacts import CLASS_NAMES
+from braintumor.params import Floor, GateParams
+
+# 'declared' keeps copies of training images in the test set: its figures are for comparison only.
+ALLOWED_PROTOCOLS = ("official", "grouped")
+
+NEEDED_FIGURES = (
+    "accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    "tumour_sensitivity",
+    "tumour_specificity",
+    "nearest_neighbour_accuracy",
+    "leaked_share",
+)
+NEEDED_CLASS_FIGURES = ("recall", "specificity", "precision", "f1")
+NEEDED_DIGESTS = ("data_md5", "splits_sha256", "model_digest", "predictions_sha256")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule and what came of it; `value` is None where it is no finite number and no text."""
+
+    name: str
+    value: float | str | None
+    threshold: float | str | None
+    required: bool
+    passed: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The verdict on one evaluation, with the digests of all that was judged."""
+
+    passed: bool
+    checks: tuple[Check, ...]
+    digests: dict[str, str | None]
+    policy: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of decision.json."""
+        return {**asdict(self), "checks": [asdict(check) for check in self.checks]}
+
+    @property
+    def failures(self) -> list[str]:
+        """The reasons of the required checks that did not pass."""
+        return [check.reason for check in self.checks if check.required and not check.passed]
+
+    @property
+    def warnings(self) -> list[str]:
+        """The reasons of the other checks that did not pass."""
+        return [check.reason for check in self.checks if not check.required and not check.passed]
+
+
+def decide(metrics: Mapping[str, Any], policy: GateParams, current_data_md5: str) -> Decision:
+    """Judge the content of a metrics.json; a figure exactly at its floor passes.
+
+    That the figures are complete, of the current data and of an allowed protocol is always required.
+    """
+    checks = (
+        _complete_and_finite(metrics),
+        _current_data(metrics, current_data_md5),
+        _protocol_allowed(metrics),
+        _floor("min_accuracy", "accuracy", metrics.get("accuracy"), policy.min_accuracy),
+        _floor(
+            "min_tumour_sensitivity",
+            "tumour sensitivity",
+            metrics.get("tumour_sensitivity"),
+            policy.min_tumour_sensitivity,
+        ),
+        _lowest_recall(metrics, policy.min_class_recall),
+    )
+    return Decision(
+        passed=all(check.passed for check in checks if check.required),
+        checks=checks,
+        digests={name: _text(metrics.get(name)) for name in NEEDED_DIGESTS},
+        policy=policy.model_dump(),
+    )
+
+
+def is_share(value: object) -> bool:
+    """Whether `value` is a real number in [0, 1]; a bool or a text is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _complete_and_finite(metrics: Mapping[str, Any]) -> Check:
+    problems = [
+        *(_share_problem(name, metrics.get(name)) for name in NEEDED_FIGURES),
+        _interval_problem(metrics.get("accuracy_interval")),
+        _count_problem("n_test", metrics.get("n_test")),
+        *_class_problems(metrics.get("per_class")),
+        *(f"{name} is missing" for name in NEEDED_DIGESTS if _text(metrics.get(name)) is None),
+        *(f"{place} is not finite" for place in _non_finite(metrics)),
+    ]
+    found = list(dict.fromkeys(problem for problem in problems if problem))
+    return Check(
+        name="complete_and_finite",
+        value=f"{len(found)} problems",
+        threshold="0 problems",
+        required=True,
+        passed=not found,
+        reason=f"the metrics are unusable: {'; '.join(found)}" if found else "every needed figure is there and finite",
+    )
+
+
+def _share_problem(name: str, value: object) -> str | None:
+    if value is None:
+        return f"{name} is missing"
+    return None if is_share(value) else f"{name} is {value!r}, not a number in 0..1"
+
+
+def _count_problem(name: str, value: object) -> str | None:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return None
+    return f"{name} is {value!r}, not a count above 0"
+
+
+def _interval_problem(interval: object) -> str | None:
+    if isinstance(interval, list | tuple) and len(interval) == 2 and all(map(is_share, interval)):
+        return None if interval[0] <= interval[1] else f"accuracy_interval {interval!r} is upside down"
+    return f"accuracy_interval is {interval!r}, not two numbers in 0..1"
+
+
+def _class_problems(per_class: object) -> list[str | None]:
+    if not isinstance(per_class, Mapping):
+        return ["per_class is missing"]
+    problems: list[str | None] = [
+        f"per_class holds the unknown class {name!r}" for name in per_class if name not in CLASS_NAMES
+    ]
+    for name in CLASS_NAMES:
+        figures = per_class.get(name)
+        if not isinstance(figures, Mapping):
+            problems.append(f"class {name} is missing")
+            continue
+        problems.append(_count_problem(f"{name} n", figures.get("n")))
+        problems += [_share_problem(f"{name} {figure}", figures.get(figure)) for figure in NEEDED_CLASS_FIGURES]
+    return problems
+
+
+def _non_finite(content: object, place: str = "") -> list[str]:
+    """The places of all NaN and infinite numbers: JSON has none, though Python reads and writes them."""
+    if isinstance(content, Mapping):
+        items = [(f"{place} {key}".strip(), value) for key, value in content.items()]
+    elif isinstance(content, list | tuple):
+        items = [(f"{place}[{index}]", value) for index, value in enumerate(content)]
+    else:
+        return [place] if isinstance(content, float) and not math.isfinite(content) else []
+    return [found for inner, value in items for found in _non_finite(value, inner)]
+
+
+def _current_data(metrics: Mapping[str, Any], current_data_md5: str) -> Check:
+    value = _text(metrics.get("data_md5"))
+    is_current = value is not None and value == current_data_md5
+    return Check(
+        name="current_data",
+        value=value,
+        threshold=current_data_md5,
+        required=True,
+        passed=is_current,
+        reason=f"the figures are of the current data {current_data_md5}"
+        if is_current
+        else f"the figures are of data {value}, the current data are {current_data_md5}; train and evaluate again",
+    )
+
+
+def _protocol_allowed(metrics: Mapping[str, Any]) -> Check:
+    value = _text(metrics.get("protocol"))
+    is_allowed = value in ALLOWED_PROTOCOLS
+    return Check(
+        name="protocol_allowed",
+        value=value,
+        threshold=" or ".join(ALLOWED_PROTOCOLS),
+        required=True,
+        passed=is_allowed,
+        reason=f"protocol '{value}' keeps copies of one image on one side"
+        if is_allowed
+        else f"protocol {value!r} can never pass: it is not one of {', '.join(ALLOWED_PROTOCOLS)}",
+    )
+
+
+def _lowest_recall(metrics: Mapping[str, Any], floor: Floor) -> Check:
+    per_class = metrics.get("per_class")
+    figures = per_class if isinstance(per_class, Mapping) else {}
+    recalls: dict[str, Any] = {
+        name: figures[name].get("recall") if isinstance(figures.get(name), Mapping) else None for name in CLASS_NAMES
+    }
+    unusable = [name for name, recall in recalls.items() if not is_share(recall)]
+    lowest = unusable[0] if unusable else min(recalls, key=lambda name: recalls[name])
+    return _floor("min_class_recall", f"recall of {lowest}", recalls[lowest], floor)
+
+
+def _floor(name: str, figure: str, value: object, floor: Floor) -> Check:
+    if not is_share(value):
+        return Check(name, None, floor.value, floor.required, False, f"{figure} is {value!r}, not a number in 0..1")
+    assert isinstance(value, int | float)
+    reached = value >= floor.value
+    relation = "reaches" if reached else "is below"
+    reason = f"{figure} {_figure(value, floor.value)} {relation} {floor.value}"
+    return Check(name, float(value), floor.value, floor.required, reached, reason)
+
+
+def _figure(value: float, threshold: float) -> str:
+    """Four digits, or all of them where four would look like the threshold itself."""
+    short = f"{value:.4f}"
+    return repr(value) if float(short) == threshold != value else short
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None

@@ -1,0 +1,136 @@
+"""The way to the MLflow server: its address, how long we wait for it, and its failures in words."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from braintumor.errors import RegistryUnreachable, UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SQLITE = "sqlite:///"
+DEFAULT_DATABASE = "mlflow.db"
+ARTIFACT_FOLDER = "mlartifacts"
+
+# MLflow's own defaults wait four minutes for a server that is away. A value that the user sets comes first.
+RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1"}
+# For calls that must not hold anybody up: at most 2 x 5 s and a pause.
+IMPATIENCE = {**RETRIES, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+
+UNREACHABLE_CODES = frozenset(
+    {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "ENDPOINT_NOT_FOUND", "DEADLINE_EXCEEDED"}
+)
+REFUSED_CODES = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"})
+# MLflow lets these libraries' exceptions through when its database or artifact store fails.
+TRANSPORT_LIBRARIES = frozenset({"requests", "urllib3", "sqlalchemy", "botocore", "boto3", "s3transfer"})
+
+
+def tracking_uri() -> str:
+    """The address in MLFLOW_TRACKING_URI, else an SQLite database in the current folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI", "").strip() or f"{SQLITE}{Path.cwd() / DEFAULT_DATABASE}"
+
+
+def database_file(address: str) -> Path | None:
+    """The absolute path of an SQLite store's file; None for every other store."""
+    return Path(address.removeprefix(SQLITE)).absolute() if address.startswith(SQLITE) else None
+
+
+def holds_nothing_yet() -> bool:
+    """Whether the store is an SQLite database that nobody has made yet."""
+    file = database_file(tracking_uri())
+    return file is not None and not file.exists()
+
+
+@contextmanager
+def connected(*, is_patient: bool = True) -> Iterator["MlflowClient"]:
+    """A client of the server; inside the block a failure of MLflow is a UserError.
+
+    A server that is away is known within 15 s. With `is_patient` False every later call is as short of breath.
+
+    Raises RegistryUnreachable where the server, its database or its artifact store does not answer.
+    """
+    address = tracking_uri()
+    # MLflow's SQLite store looks its own address up in the environment again.
+    with _environment({"MLFLOW_TRACKING_URI": address}):
+        try:
+            client = _client(address)
+            if database_file(address) is None:
+                with _environment(_unless_set(IMPATIENCE)):
+                    client.search_experiments(max_results=1)
+            with _environment(_unless_set(RETRIES if is_patient else IMPATIENCE)):
+                yield client
+        except UserError:
+            raise
+        except Exception as error:
+            explained = _explain(address, error)
+            if explained is None:
+                raise
+            raise explained from error
+
+
+def error_code(error: Exception) -> str | None:
+    """MLflow's name of what went wrong, such as RESOURCE_DOES_NOT_EXIST."""
+    code = getattr(error, "error_code", None)
+    return code if isinstance(code, str) else None
+
+
+def _client(address: str) -> "MlflowClient":
+    # Read by MLflow when it is first imported.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=address)
+
+
+def _explain(address: str, error: Exception) -> UserError | None:
+    """The error in words, or None for one that is not the registry's."""
+    from mlflow.exceptions import MlflowException
+
+    reason = _hide_password(address, (str(error).strip().splitlines() or [type(error).__name__])[0])
+    shown = _hide_password(address, address)
+    code = error_code(error)
+    library = type(error).__module__.partition(".")[0]
+    if library in TRANSPORT_LIBRARIES or (isinstance(error, MlflowException) and code in UNREACHABLE_CODES):
+        return RegistryUnreachable(
+            f"MLflow at {shown} does not answer ({reason}); "
+            "start it or mend MLFLOW_TRACKING_URI, then run this again: it finishes what is missing"
+        )
+    if isinstance(error, MlflowException) and code in REFUSED_CODES:
+        return UserError(
+            f"MLflow at {shown} refuses ({reason}); set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, and let the server allow this host name"
+        )
+    if isinstance(error, MlflowException):
+        return UserError(f"MLflow at {shown} can't do this: {reason}")
+    if isinstance(error, ModuleNotFoundError):
+        return UserError(f"MLFLOW_TRACKING_URI {shown} needs the Python package {error.name}")
+    return None
+
+
+def _hide_password(address: str, text: str) -> str:
+    """`text` without the user and password that `address` holds."""
+    credentials, at, _ = address.partition("://")[2].rpartition("@")
+    return text.replace(credentials + at, "") if at else text
+
+
+def _unless_set(defaults: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in defaults.items() if name not in os.environ}
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    previous = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in previous.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,278 @@
+"""Versions in the MLflow registry: made once for each model, and brought back as the file that was trained."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from braintumor import artifacts
+from braintumor.errors import UserError
+from braintumor.model.saved import model_digest
+from braintumor.registry.server import connected, error_code, holds_nothing_yet
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION = "champion"
+MODEL_DIGEST = "model_digest"
+CARD_SHA256 = "card_sha256"
+LOGGED_MODEL = "classifier"
+LOGGED_MODEL_URI = "models:/"
+# Where mlflow.tensorflow keeps a Keras model in its folder.
+MODEL_IN_FOLDER = f"data/{artifacts.MODEL}"
+
+MODEL_DESCRIPTION = (
+    "Classifier of brain MRI slices: glioma, meningioma, no tumour, pituitary tumour. "
+    "A research tool, not a diagnostic device. A reviewer promotes a version by the alias 'champion'."
+)
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version in the registry; `alias` is None where the alias was left on a newer version."""
+
+    number: str
+    alias: str | None
+    is_new: bool
+
+
+def champion(model_name: str) -> dict[str, str | None] | None:
+    """The version that the alias 'champion' is set to: version, model_digest, data_md5; None if there is none."""
+    if holds_nothing_yet():
+        return None
+    with connected() as client:
+        found = _by_alias(client, model_name, CHAMPION)
+    if found is None:
+        return None
+    return {
+        "version": str(found.version),
+        "model_digest": found.tags.get(MODEL_DIGEST),
+        "data_md5": found.tags.get("data_md5"),
+    }
+
+
+def register_version(
+    model: Path, model_name: str, alias: str, run_id: str, tags: Mapping[str, str], card: str
+) -> Version:
+    """The model file has exactly one version of this name, with tags, card and alias; what is missing is added.
+
+    `tags` hold the model's digest, by which its version is found again; it is there from the version's first moment.
+    The alias moves to a version only while that is the newest: registering an old model again takes nothing from
+    its successor. A card that a reviewer has edited is left alone.
+    """
+    with connected() as client:
+        _ensure_registered_model(client, model_name)
+        found = _by_digest(client, model_name, tags[MODEL_DIGEST])
+        if found is None:
+            logged = _log_model(client, model, run_id, tags[MODEL_DIGEST])
+            made = client.create_model_version(
+                name=model_name,
+                source=f"{LOGGED_MODEL_URI}{logged.model_id}",
+                run_id=run_id,
+                tags={**tags, CARD_SHA256: _sha256(card)},
+                description=card,
+                model_id=logged.model_id,
+            )
+            number = str(made.version)
+        else:
+            number = str(found.version)
+            _mend_version(client, found, tags, card)
+        _link_from_model(client, model_name, number)
+        return Version(number, _set_alias(client, model_name, alias, number), is_new=found is None)
+
+
+def download_model(model_name: str, alias_or_version: str, target: Path) -> Path:
+    """The model file of a version, byte for byte as it was trained, in the folder `target`.
+
+    Raises UserError if there is no such version, or if what the store holds is not the model that was registered.
+    """
+    with connected() as client:
+        version = (
+            _by_number(client, model_name, alias_or_version)
+            if alias_or_version.isdecimal()
+            else _by_alias(client, model_name, alias_or_version)
+        )
+        if version is None:
+            raise UserError(
+                f"MLflow has no version {alias_or_version!r} of {model_name}; "
+                "register one, or give another version, an alias or a model file"
+            )
+        file = _download(client, version, target)
+    expected = version.tags.get(MODEL_DIGEST)
+    if expected is None or model_digest(file) != expected:
+        file.unlink()
+        raise UserError(
+            f"version {version.version} of {model_name} does not hold the model that its tag {MODEL_DIGEST} names; "
+            "register the model again"
+        )
+    return file
+
+
+def _download(client: "MlflowClient", version: "ModelVersion", target: Path) -> Path:
+    from mlflow.artifacts import download_artifacts
+
+    folder = client.get_model_version_download_uri(version.name, version.version)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".download-") as scratch:
+        downloaded = download_artifacts(
+            artifact_uri=f"{folder}/{MODEL_IN_FOLDER}",
+            dst_path=scratch,
+            tracking_uri=os.environ["MLFLOW_TRACKING_URI"],
+        )
+        return Path(shutil.move(downloaded, target / artifacts.MODEL))
+
+
+def _ensure_registered_model(client: "MlflowClient", name: str) -> None:
+    try:
+        client.create_registered_model(name, description=MODEL_DESCRIPTION)
+    except Exception as error:
+        if error_code(error) not in {"RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"}:
+            raise
+
+
+def _by_alias(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | None":
+    try:
+        aliases = client.get_registered_model(name).aliases
+        return client.get_model_version_by_alias(name, alias) if alias in aliases else None
+    except Exception as error:
+        if error_code(error) != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _by_number(client: "MlflowClient", name: str, number: str) -> "ModelVersion | None":
+    try:
+        return client.get_model_version(name, number)
+    except Exception as error:
+        if error_code(error) != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _by_digest(client: "MlflowClient", name: str, digest: str) -> "ModelVersion | None":
+    found = client.search_model_versions(f"name = '{name}' and tags.{MODEL_DIGEST} = '{digest}'")
+    return max(found, key=lambda version: int(version.version), default=None)
+
+
+def _newest(client: "MlflowClient", name: str) -> int:
+    found = client.search_model_versions(f"name = '{name}'", max_results=1, order_by=["version_number DESC"])
+    return max(int(version.version) for version in found)
+
+
+def _set_alias(client: "MlflowClient", name: str, alias: str, number: str) -> str | None:
+    aliases = client.get_registered_model(name).aliases
+    if str(aliases.get(alias)) == number:
+        return alias
+    if _newest(client, name) != int(number):
+        return None
+    client.set_registered_model_alias(name, alias, number)
+    return alias
+
+
+def _mend_version(client: "MlflowClient", version: "ModelVersion", tags: Mapping[str, str], card: str) -> None:
+    is_as_written = not version.description or _sha256(version.description) == version.tags.get(CARD_SHA256)
+    if is_as_written and version.description != card:
+        client.update_model_version(version.name, version.version, description=card)
+        tags = {**tags, CARD_SHA256: _sha256(card)}
+    for name, value in tags.items():
+        if version.tags.get(name) != value:
+            client.set_model_version_tag(version.name, version.version, name, value)
+
+
+def _log_model(client: "MlflowClient", model: Path, run_id: str, digest: str) -> "LoggedModel":
+    """The model among the run's models, complete; an upload that was interrupted is done again into the same place."""
+    from mlflow.entities import LoggedModelOutput
+
+    run = client.get_run(run_id)
+    experiment = run.info.experiment_id
+    found = client.search_logged_models([experiment], filter_string=f"tags.{MODEL_DIGEST} = '{digest}'")
+    own = [logged for logged in found if logged.source_run_id == run_id]
+    ready = [logged for logged in own if logged.status == "READY"]
+    if ready:
+        return ready[0]
+    logged = (
+        own[0]
+        if own
+        else client.create_logged_model(
+            experiment, name=LOGGED_MODEL, source_run_id=run_id, tags={MODEL_DIGEST: digest}, model_type="classifier"
+        )
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / LOGGED_MODEL
+        _write_folder(model, folder, logged)
+        client.log_model_artifacts(logged.model_id, str(folder))
+    # MLflow refuses the same output twice.
+    outputs = run.outputs.model_outputs if run.outputs else []
+    if logged.model_id not in {output.model_id for output in outputs}:
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    return client.finalize_logged_model(logged.model_id, "READY")
+
+
+def _write_folder(model: Path, folder: Path, logged: "LoggedModel") -> None:
+    """An MLflow model folder with signature and input example, around the very bytes of `model`."""
+    from braintumor.model.inference import load_classifier, predict_probabilities
+
+    classifier = load_classifier(model)
+    example = generated_example(int(classifier.input_shape[1]))
+    probabilities = predict_probabilities(classifier, example)
+
+    import mlflow.tensorflow
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    # Unnamed: with a name, MLflow hands a dict to Keras, and the example can't be read back.
+    signature = ModelSignature(
+        Schema([TensorSpec(np.dtype(np.uint8), (-1, *example.shape[1:]))]),
+        Schema([TensorSpec(np.dtype(np.float32), (-1, *probabilities.shape[1:]))]),
+    )
+    mlflow.tensorflow.save_model(
+        classifier,
+        str(folder),
+        mlflow_model=Model(
+            artifact_path=logged.artifact_location,
+            model_uuid=logged.model_id,
+            model_id=logged.model_id,
+            run_id=logged.source_run_id,
+        ),
+        signature=signature,
+        input_example=example,
+        pip_requirements=[f"{name}=={installed_version(name)}" for name in ("mlflow", "tensorflow", "keras", "numpy")],
+    )
+    # Keras writes a date into the file: the copy would have other bytes than the model that was judged.
+    shutil.copyfile(model, folder / MODEL_IN_FOLDER)
+
+
+def generated_example(size_px: int) -> NDArray[np.uint8]:
+    """One image (1, size_px, size_px, 1), a ramp from black to white: an input example must be nobody's scan."""
+    ramp = np.linspace(0, 255, size_px).astype(np.uint8)
+    return np.broadcast_to(ramp[None, :, None, None], (1, size_px, size_px, 1)).copy()
+
+
+def _link_from_model(client: "MlflowClient", name: str, number: str) -> None:
+    """The page of the logged model leads to the version, as after mlflow.register_model."""
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+    # The SQL store keeps the logged model's id in the source alone.
+    source = client.get_model_version(name, number).source or ""
+    if not source.startswith(LOGGED_MODEL_URI):
+        return
+    model_id = source.removeprefix(LOGGED_MODEL_URI)
+    link = {"name": name, "version": number}
+    links = json.loads(client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+    if link not in links:
+        client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([*links, link])})
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

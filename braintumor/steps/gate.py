@@ -1,0 +1,54 @@
+"""The step `gate`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from braintumor import artifacts
+from braintumor.artifacts import read_json, replacing_directory, sha256_of_file, write_json
+from braintumor.errors import GateNotPassed, UserError
+from braintumor.params import GateParams
+from braintumor.registry import tracking
+from braintumor.registry.policy import Check, Decision, decide
+
+
+def gate(evaluation: Path, context: Path, output: Path, params: GateParams) -> Decision:
+    """The verdict on the evaluation stands in decision.json, with the digests of all that was judged.
+
+    Raises GateNotPassed, after the decision is written, if a required check did not pass; UserError, and writes
+    nothing, if there is no evaluation to judge.
+    """
+    decision = judge(evaluation, context, params)
+    with replacing_directory(output) as folder:
+        write_json(folder / artifacts.DECISION, decision.as_json())
+    tracking.publish_decision_if_reachable(output)
+    if not decision.passed:
+        raise GateNotPassed("the gate is closed: " + "; ".join(decision.failures))
+    return decision
+
+
+def judge(evaluation: Path, context: Path, params: GateParams) -> Decision:
+    """The rules applied to the files, and the digests of these very files."""
+    metrics = read_json(evaluation / artifacts.METRICS, "braintumor evaluate")
+    current_data_md5 = read_json(context / artifacts.CONTEXT, "braintumor resolve").get("data_md5")
+    if not isinstance(current_data_md5, str) or not current_data_md5:
+        raise UserError(f"{context / artifacts.CONTEXT} has no data_md5; run 'braintumor resolve' again")
+    decision = decide(metrics, params, current_data_md5)
+    untouched = _predictions_untouched(evaluation / artifacts.PREDICTIONS, decision.digests["predictions_sha256"])
+    return replace(
+        decision,
+        passed=decision.passed and untouched.passed,
+        checks=(*decision.checks, untouched),
+        digests=decision.digests | {"metrics_sha256": sha256_of_file(evaluation / artifacts.METRICS)},
+    )
+
+
+def _predictions_untouched(path: Path, recorded: str | None) -> Check:
+    found = sha256_of_file(path) if path.is_file() else None
+    is_untouched = found is not None and found == recorded
+    if is_untouched:
+        reason = f"{path.name} is the file that the metrics were computed from"
+    elif found is None:
+        reason = f"{path} is missing; run 'braintumor evaluate' again"
+    else:
+        reason = f"{path} is not the file that the metrics were computed from; run 'braintumor evaluate' again"
+    return Check("predictions_untouched", found, recorded, True, is_untouched, reason)

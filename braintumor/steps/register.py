@@ -1,0 +1,191 @@
+"""The step `register`."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from braintumor import artifacts
+from braintumor.artifacts import read_json, replacing_directory, sha256_of_file, write_json
+from braintumor.data.split_artifact import SPLIT_FACTS, MadeSplit, load_split
+from braintumor.errors import GateNotPassed, UserError
+from braintumor.evidence.metrics import compute_metrics, read_predictions
+from braintumor.model.saved import model_digest
+from braintumor.params import EvaluateParams, Params, RegisterParams
+from braintumor.progress import note
+from braintumor.registry import tracking
+from braintumor.registry.model_card import version_tags, write_card
+from braintumor.registry.policy import Decision
+from braintumor.registry.versions import CHAMPION, register_version
+from braintumor.steps.gate import judge
+
+TRAIN, EVALUATE, GATE, RESOLVE = (f"braintumor {step}" for step in ("train", "evaluate", "gate", "resolve"))
+METRICS_TOLERANCE = 1e-9
+IMAGE_COLUMNS = ["path", "label", "group"]
+# MLflow keeps these aliases for itself.
+RESERVED_ALIAS = re.compile(r"latest|v\d+")
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Where the model stands in the registry; `alias` is None if a newer version kept it."""
+
+    model_name: str
+    version: str
+    alias: str | None
+    run_id: str
+    model_digest: str
+    data_md5: str
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What was read from the steps' folders, after all of it was found to belong together."""
+
+    training: dict[str, Any]
+    metrics: dict[str, Any]
+    decision: Decision
+
+
+def register(
+    model: Path, splits: Path, evaluation: Path, decision: Path, context: Path, output: Path, params: Params
+) -> Registration:
+    """The model is a version in the registry, with alias, tags and card; registered twice it stays one version.
+
+    All evidence is checked before the registry is touched: the digests of every file, the metrics recomputed from the
+    predictions, the rules run again. May be killed at any point and run again.
+
+    Raises GateNotPassed for a decision that closed the gate, UserError for evidence that is stale or was changed
+    (nothing is registered), RegistryUnreachable if MLflow does not answer.
+    """
+    _refuse_alias(params.registration)
+    evidence = _check_evidence(model, splits, evaluation, decision, context, params)
+    run_id = tracking.publish(params, model, evaluation, decision)
+    name, alias = params.registration.model_name, params.registration.alias
+    version = register_version(
+        model / artifacts.MODEL,
+        name,
+        alias,
+        run_id,
+        version_tags(evidence.metrics, evidence.training),
+        write_card(evidence.metrics, evidence.decision, evidence.training),
+    )
+    tracking.record_registration(run_id, name, version.number)
+    if version.alias is None:
+        note(f"{name} version {version.number} is not the newest; the alias '{alias}' stays where it is")
+    registration = Registration(
+        model_name=name,
+        version=version.number,
+        alias=version.alias,
+        run_id=run_id,
+        model_digest=evidence.metrics["model_digest"],
+        data_md5=evidence.metrics["data_md5"],
+    )
+    with replacing_directory(output) as folder:
+        write_json(folder / artifacts.REGISTRATION, asdict(registration))
+    return registration
+
+
+def _refuse_alias(params: RegisterParams) -> None:
+    if params.alias == CHAMPION:
+        raise UserError(f"register.alias is '{CHAMPION}', which a reviewer sets by hand; name another, as 'challenger'")
+    if RESERVED_ALIAS.fullmatch(params.alias):
+        raise UserError(f"register.alias is '{params.alias}', which MLflow keeps for itself; name another one")
+
+
+def _check_evidence(
+    model: Path, splits: Path, evaluation: Path, decision: Path, context: Path, params: Params
+) -> _Evidence:
+    recorded = read_json(decision / artifacts.DECISION, GATE)
+    if recorded.get("passed") is not True:
+        raise GateNotPassed(f"{decision / artifacts.DECISION} closed the gate; nothing is registered")
+    made = load_split(splits)
+    training = read_json(model / artifacts.TRAINING, TRAIN)
+    metrics = read_json(evaluation / artifacts.METRICS, EVALUATE)
+    judged = judge(evaluation, context, params.gate)
+
+    _refuse_other_digests(model, evaluation, context, made, training, metrics)
+    for fact in SPLIT_FACTS:
+        if fact in made.summary and metrics.get(fact) != made.summary[fact]:
+            raise _stale(evaluation / artifacts.METRICS, f"its {fact} is not that of {splits}", EVALUATE)
+    predictions = read_predictions(evaluation / artifacts.PREDICTIONS)
+    _refuse_other_images(predictions, made, evaluation / artifacts.PREDICTIONS)
+    _refuse_other_metrics(predictions, metrics, params.evaluate, evaluation / artifacts.METRICS)
+    if recorded != judged.as_json():
+        raise _stale(
+            decision / artifacts.DECISION, "the rules, run again on the files that are here, decide otherwise", GATE
+        )
+    return _Evidence(training, metrics, judged)
+
+
+def _refuse_other_digests(
+    model: Path,
+    evaluation: Path,
+    context: Path,
+    made: MadeSplit,
+    training: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+) -> None:
+    """Every file names the same data, split, model and predictions, and they are the ones that lie here."""
+    current_data_md5 = read_json(context / artifacts.CONTEXT, RESOLVE).get("data_md5")
+    digest = model_digest(model / artifacts.MODEL)
+    predictions = evaluation / artifacts.PREDICTIONS
+    trained, judged = model / artifacts.TRAINING, evaluation / artifacts.METRICS
+    if made.data_md5 != current_data_md5:
+        raise _stale(Path("the split"), f"it was made from data {made.data_md5}, not {current_data_md5}", "dvc repro")
+    facts = [
+        (trained, training, "data_md5", made.data_md5, TRAIN),
+        (trained, training, "splits_sha256", made.sha256, TRAIN),
+        (trained, training, "model_digest", digest, TRAIN),
+        (judged, metrics, "data_md5", made.data_md5, EVALUATE),
+        (judged, metrics, "splits_sha256", made.sha256, EVALUATE),
+        (judged, metrics, "model_digest", digest, EVALUATE),
+    ]
+    for file, content, name, expected, command in facts:
+        if content.get(name) != expected:
+            raise _stale(file, f"its {name} is {content.get(name)}, here it is {expected}", command)
+    if not predictions.is_file() or sha256_of_file(predictions) != metrics.get("predictions_sha256"):
+        raise _stale(predictions, f"{judged.name} was computed from another file", EVALUATE)
+
+
+def _refuse_other_images(predictions: pd.DataFrame, made: MadeSplit, path: Path) -> None:
+    test = made.part("test")
+    expected = sorted(test[IMAGE_COLUMNS].itertuples(index=False, name=None))
+    if sorted(predictions[IMAGE_COLUMNS].itertuples(index=False, name=None)) != expected:
+        raise _stale(path, f"its {len(predictions)} rows are not the {len(test)} test images of the split", EVALUATE)
+
+
+def _refuse_other_metrics(
+    predictions: pd.DataFrame, metrics: Mapping[str, Any], params: EvaluateParams, path: Path
+) -> None:
+    for name, value in compute_metrics(predictions, params).items():
+        if not _agree(value, metrics.get(name)):
+            raise _stale(path, f"its {name} is not what {artifacts.PREDICTIONS} gives", EVALUATE)
+
+
+def _agree(expected: object, found: object) -> bool:
+    """The same structure, and numbers that differ by 1e-9 at most; NaN agrees with nothing."""
+    if isinstance(expected, Mapping):
+        return (
+            isinstance(found, Mapping)
+            and expected.keys() == found.keys()
+            and all(_agree(value, found[key]) for key, value in expected.items())
+        )
+    if isinstance(expected, list | tuple):
+        return (
+            isinstance(found, list | tuple)
+            and len(expected) == len(found)
+            and all(_agree(left, right) for left, right in zip(expected, found, strict=True))
+        )
+    if isinstance(expected, int | float) and not isinstance(expected, bool):
+        is_number = isinstance(found, int | float) and not isinstance(found, bool)
+        return is_number and math.isclose(expected, found, rel_tol=0, abs_tol=METRICS_TOLERANCE)  # type: ignore[arg-type]
+    return type(expected) is type(found) and expected == found
+
+
+def _stale(file: Path, fact: str, command: str) -> UserError:
+    return UserError(f"{file} is stale or was changed: {fact}; run '{command}' again. Nothing is registered")

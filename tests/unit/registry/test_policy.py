@@ -1,0 +1,233 @@
+import copy
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from braintumor.artifacts import CLASS_NAMES
+from braintumor.params import Floor, GateParams
+from braintumor.registry.policy import (
+    NEEDED_CLASS_FIGURES,
+    NEEDED_DIGESTS,
+    NEEDED_FIGURES,
+    Check,
+    Decision,
+    decide,
+)
+
+DATA_MD5 = "0123456789abcdef0123456789abcdef"
+POLICY = GateParams(
+    min_accuracy=Floor(value=0.92, required=True),
+    min_tumour_sensitivity=Floor(value=0.95, required=True),
+    min_class_recall=Floor(value=0.80, required=True),
+)
+GOOD: dict[str, Any] = {
+    "data_md5": DATA_MD5,
+    "splits_sha256": "a" * 64,
+    "model_digest": "b" * 64,
+    "predictions_sha256": "c" * 64,
+    "protocol": "official",
+    "n_test": 400,
+    "accuracy": 0.97,
+    "accuracy_interval": [0.95, 0.98],
+    "balanced_accuracy": 0.97,
+    "macro_f1": 0.97,
+    "tumour_sensitivity": 0.99,
+    "tumour_specificity": 0.98,
+    "nearest_neighbour_accuracy": 0.6,
+    "leaked_share": 0.0,
+    "per_class": {
+        name: {"n": 100, "recall": 0.96, "specificity": 0.99, "precision": 0.97, "f1": 0.96} for name in CLASS_NAMES
+    },
+}
+NO_NUMBERS: list[Any] = [math.nan, math.inf, -math.inf, None, "0.97", True, [], {}, -0.01, 1.01]
+
+
+def changed(*path: str, to: Any) -> dict[str, Any]:
+    metrics = copy.deepcopy(GOOD)
+    place = metrics
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = to
+    return metrics
+
+
+def without(*path: str) -> dict[str, Any]:
+    metrics = copy.deepcopy(GOOD)
+    place = metrics
+    for key in path[:-1]:
+        place = place[key]
+    del place[path[-1]]
+    return metrics
+
+
+def judge(metrics: dict[str, Any], policy: GateParams = POLICY) -> Decision:
+    return decide(metrics, policy, DATA_MD5)
+
+
+def check(decision: Decision, name: str) -> Check:
+    return next(found for found in decision.checks if found.name == name)
+
+
+def test_good_figures_pass_every_check() -> None:
+    decision = judge(GOOD)
+    assert decision.passed and all(found.passed for found in decision.checks)
+    assert decision.digests == {name: GOOD[name] for name in NEEDED_DIGESTS}
+    assert [found.name for found in decision.checks] == [
+        "complete_and_finite",
+        "current_data",
+        "protocol_allowed",
+        "min_accuracy",
+        "min_tumour_sensitivity",
+        "min_class_recall",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "floor"),
+    [
+        (("accuracy",), "min_accuracy", 0.92),
+        (("tumour_sensitivity",), "min_tumour_sensitivity", 0.95),
+        (("per_class", "meningioma", "recall"), "min_class_recall", 0.80),
+    ],
+)
+def test_a_figure_passes_at_and_above_its_floor_and_not_below(path: tuple[str, ...], name: str, floor: float) -> None:
+    assert check(judge(changed(*path, to=math.nextafter(floor, 1))), name).passed
+    assert judge(changed(*path, to=floor)).passed
+    below = judge(changed(*path, to=math.nextafter(floor, 0)))
+    assert not below.passed
+    assert not check(below, name).passed
+    # The reason must not read '0.92 is below 0.92'.
+    assert str(floor) + " is below" not in check(below, name).reason
+
+
+def test_the_class_with_the_lowest_recall_is_named() -> None:
+    found = check(judge(changed("per_class", "pituitary", "recall", to=0.5)), "min_class_recall")
+    assert "pituitary" in found.reason and found.value == 0.5
+
+
+def test_a_floor_that_is_not_required_only_warns() -> None:
+    lenient = POLICY.model_copy(update={"min_tumour_sensitivity": Floor(value=0.95, required=False)})
+    decision = judge(changed("tumour_sensitivity", to=0.5), lenient)
+    assert decision.passed
+    assert not check(decision, "min_tumour_sensitivity").passed
+    assert decision.failures == [] and len(decision.warnings) == 1
+
+
+def test_integrity_is_required_though_no_floor_is() -> None:
+    nothing = GateParams(**{name: Floor(value=0, required=False) for name in GateParams.model_fields})
+    assert judge(GOOD, nothing).passed
+    for broken in (without("macro_f1"), changed("data_md5", to="other"), changed("protocol", to="declared")):
+        assert not judge(broken, nothing).passed
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+@pytest.mark.parametrize("name", NEEDED_FIGURES)
+def test_a_figure_that_is_no_number_in_0_to_1_closes_the_gate(name: str, value: Any) -> None:
+    decision = judge(changed(name, to=value))
+    assert not decision.passed
+    assert name in check(decision, "complete_and_finite").reason
+    json.dumps(decision.as_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+@pytest.mark.parametrize("name", NEEDED_CLASS_FIGURES)
+def test_a_class_figure_that_is_no_number_in_0_to_1_closes_the_gate(name: str, value: Any) -> None:
+    decision = judge(changed("per_class", "notumor", name, to=value))
+    assert not decision.passed
+    assert f"notumor {name}" in check(decision, "complete_and_finite").reason
+
+
+@pytest.mark.parametrize("name", [*NEEDED_FIGURES, "accuracy_interval", "n_test", "per_class", *NEEDED_DIGESTS])
+def test_a_missing_key_closes_the_gate(name: str) -> None:
+    decision = judge(without(name))
+    assert not decision.passed
+    assert name in check(decision, "complete_and_finite").reason
+
+
+@pytest.mark.parametrize("name", CLASS_NAMES)
+def test_a_missing_class_closes_the_gate_and_is_named(name: str) -> None:
+    decision = judge(without("per_class", name))
+    assert not decision.passed
+    assert name in check(decision, "complete_and_finite").reason
+    assert name in check(decision, "min_class_recall").reason
+
+
+@pytest.mark.parametrize("metrics", [{}, {"per_class": []}, {"per_class": {"glioma": 1}}, {"accuracy": {}}])
+def test_any_other_shape_closes_the_gate(metrics: dict[str, Any]) -> None:
+    decision = judge(metrics)
+    assert not decision.passed
+    json.dumps(decision.as_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, None, "400", math.nan])
+@pytest.mark.parametrize("path", [("n_test",), ("per_class", "glioma", "n")])
+def test_a_count_that_is_not_above_0_closes_the_gate(path: tuple[str, ...], value: Any) -> None:
+    assert not judge(changed(*path, to=value)).passed
+
+
+@pytest.mark.parametrize(
+    "value", [None, [0.9], [0.9, math.nan], [0.9, 0.8], ["0.9", "0.95"], "0.9 to 0.95", [0.9, 1.1]]
+)
+def test_an_interval_that_is_none_closes_the_gate(value: Any) -> None:
+    assert not judge(changed("accuracy_interval", to=value)).passed
+
+
+def test_a_class_that_nobody_knows_closes_the_gate() -> None:
+    assert not judge(changed("per_class", "cyst", to=GOOD["per_class"]["glioma"])).passed
+
+
+def test_nan_anywhere_closes_the_gate() -> None:
+    decision = judge(changed("confusion_matrix", to=[[1, 2], [math.nan, 3]]))
+    assert not decision.passed
+    assert "confusion_matrix[1][0]" in check(decision, "complete_and_finite").reason
+
+
+@pytest.mark.parametrize("value", ["f" * 32, "", None, 7])
+def test_figures_of_other_data_close_the_gate(value: Any) -> None:
+    decision = judge(changed("data_md5", to=value))
+    assert not decision.passed
+    assert not check(decision, "current_data").passed
+
+
+@pytest.mark.parametrize(("protocol", "may_pass"), [("official", True), ("grouped", True), ("declared", False)])
+def test_a_protocol_that_keeps_the_leaks_can_never_pass(protocol: str, may_pass: bool) -> None:
+    assert judge(changed("protocol", to=protocol)).passed is may_pass
+
+
+@pytest.mark.parametrize("protocol", ["Official", "", None, ["official"], 1])
+def test_an_unknown_protocol_closes_the_gate(protocol: Any) -> None:
+    assert not judge(changed("protocol", to=protocol)).passed
+
+
+NUMBERS = st.floats(0.95, 1)
+FIGURES = st.fixed_dictionaries(dict.fromkeys((*NEEDED_CLASS_FIGURES,), NUMBERS) | {"n": st.integers(1, 500)})
+PASSING = st.fixed_dictionaries(
+    {name: st.just(GOOD[name]) for name in (*NEEDED_DIGESTS, "protocol", "accuracy_interval")}
+    | dict.fromkeys(NEEDED_FIGURES, NUMBERS)
+    | {"n_test": st.integers(1, 5000), "per_class": st.fixed_dictionaries(dict.fromkeys(CLASS_NAMES, FIGURES))}
+)
+PLACES = st.sampled_from(
+    [
+        *((name,) for name in NEEDED_FIGURES),
+        ("n_test",),
+        ("accuracy_interval",),
+        *(("per_class", label, name) for label in CLASS_NAMES for name in (*NEEDED_CLASS_FIGURES, "n")),
+    ]
+)
+
+
+@given(PASSING, PLACES, st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_no_metrics_with_a_needed_figure_that_is_not_finite_pass(
+    metrics: dict[str, Any], place: tuple[str, ...], value: float
+) -> None:
+    assert judge(metrics).passed
+    spoilt = copy.deepcopy(metrics)
+    holder = spoilt
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    assert not judge(spoilt).passed

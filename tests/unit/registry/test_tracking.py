@@ -1,0 +1,243 @@
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from braintumor import artifacts
+from braintumor.errors import RegistryUnreachable, UserError
+from braintumor.params import Params
+from braintumor.registry import tracking
+from braintumor.registry.server import connected, tracking_uri
+from braintumor.steps.gate import gate
+
+MakeFolders = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    epoch: int
+    phase: str
+    train_loss: float
+    val_loss: float
+    seconds: float
+
+
+def all_runs(client: MlflowClient) -> list[Run]:
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(experiments))
+
+
+def artifact_paths(client: MlflowClient, run_id: str) -> set[str]:
+    return {
+        file.path for folder in client.list_artifacts(run_id) for file in client.list_artifacts(run_id, folder.path)
+    }
+
+
+def test_the_store_is_a_database_in_the_current_folder_unless_an_address_is_set(
+    no_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tracking_uri() == f"sqlite:///{no_store}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert tracking_uri() == "http://mlflow:5000"
+
+
+def test_connecting_leaves_the_environment_as_it_was(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "7")
+    with connected():
+        assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "7"
+        assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{store}"
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    assert "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR" not in os.environ
+
+
+def test_a_server_that_is_away_is_known_within_15_seconds(no_server: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(RegistryUnreachable, match=no_server), connected():
+        pytest.fail("nobody listens there")
+    assert time.monotonic() - started < 15
+
+
+def test_a_password_in_the_address_is_not_repeated(no_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", no_server.replace("://", "://user:secret@"))
+    with pytest.raises(RegistryUnreachable) as caught, connected():
+        pass
+    assert "secret" not in str(caught.value) and no_server in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["./mlruns", "nonsense://place"])
+def test_an_address_that_mlflow_does_not_take_is_a_user_error(
+    address: str, no_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(UserError), connected() as client:
+        client.search_experiments()
+
+
+def test_publishing_logs_all_that_the_files_hold(store: Path, make_folders: MakeFolders, params: Params) -> None:
+    folders = make_folders()
+    gate(folders.evaluation, folders.context, folders.decision, params.gate)
+    run_id = tracking.publish(params, folders.model, folders.evaluation, folders.decision)
+
+    training = artifacts.read_json(folders.model / artifacts.TRAINING, "")
+    metrics = artifacts.read_json(folders.evaluation / artifacts.METRICS, "")
+    with connected() as client:
+        run = client.get_run(run_id)
+        assert client.get_experiment(run.info.experiment_id).name == params.registration.experiment
+        assert Path(run.info.artifact_uri).is_relative_to(store.parent / "mlartifacts")
+        assert run.data.params["train.learning_rate"] == str(params.train.learning_rate)
+        assert run.data.params["train.augmentation.flip_horizontal"] == "True"
+        assert run.data.metrics["test_accuracy"] == metrics["accuracy"]
+        assert run.data.metrics["test_accuracy_low"] == metrics["accuracy_interval"][0]
+        assert run.data.metrics["test_accuracy_high"] == metrics["accuracy_interval"][1]
+        assert run.data.metrics["test_recall_glioma"] == metrics["per_class"]["glioma"]["recall"]
+        assert run.data.metrics["test_images"] == 60
+        assert run.data.metrics["nearest_neighbour_accuracy"] == 0.5
+        history = client.get_metric_history(run_id, "val_loss")
+        assert [(metric.step, metric.value) for metric in history] == [(1, 1.1), (2, 0.55), (3, 1.1 / 3)]
+        assert run.inputs.dataset_inputs[0].dataset.digest == training["data_md5"]
+        assert run.data.tags["git_commit"] == training["git_commit"]
+        assert run.data.tags["model_digest"] == training["model_digest"]
+        assert run.data.tags["gate"] == run.data.tags["outcome.gate"] == "passed"
+        assert run.data.tags["outcome"] == "gate passed"
+        assert "0.92" in run.data.tags["gate.min_accuracy"]
+        assert run.info.status == "FINISHED"
+        assert artifact_paths(client, run_id) >= {
+            "training/learning_curve.png",
+            "evaluation/metrics.json",
+            "evaluation/roc_curves.png",
+            "gate/decision.json",
+        }
+        # File names may tell who the patients are.
+        assert "evaluation/predictions.csv" not in artifact_paths(client, run_id)
+
+
+def test_publishing_twice_adds_nothing(store: Path, make_folders: MakeFolders, params: Params) -> None:
+    folders = make_folders()
+    first = tracking.publish(params, folders.model, folders.evaluation)
+    with connected() as client:
+        client.delete_tag(first, "published.training")
+        client.delete_tag(first, "published.evaluation")
+    assert tracking.publish(params, folders.model, folders.evaluation) == first
+    with connected() as client:
+        assert len(all_runs(client)) == 1
+        assert len(client.get_metric_history(first, "train_loss")) == 3
+        assert len(client.get_metric_history(first, "test_accuracy")) == 1
+        assert len(client.get_run(first).inputs.dataset_inputs) == 1
+
+
+def test_a_model_trained_while_mlflow_was_down_is_logged_whole_afterwards(
+    no_server: str, migrated_database: Path, no_store: Path, make_folders: MakeFolders, params: Params,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    import shutil
+
+    with tracking.training_run(params, "0" * 32) as run:
+        run.log_epoch(Epoch(1, "head", 1.0, 1.0, 1.0))
+        assert run.run_id is None
+    folders = make_folders()
+    assert tracking.publish_if_reachable(params, folders.model) is None
+    assert no_server in capsys.readouterr().err
+    with pytest.raises(RegistryUnreachable):
+        tracking.publish(params, folders.model)
+
+    shutil.copyfile(migrated_database, no_store)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    run_id = tracking.publish(params, folders.model)
+    with connected() as client:
+        assert len(client.get_metric_history(run_id, "val_accuracy")) == 3
+        assert client.get_run(run_id).data.tags["outcome.train"] == "trained"
+
+
+def test_epochs_of_a_live_run_are_not_logged_twice(store: Path, make_folders: MakeFolders, params: Params) -> None:
+    folders = make_folders()
+    with tracking.training_run(params, "0" * 32) as run:
+        run.log_epoch(Epoch(1, "head", 1.0, 1.1, 1.5))
+        run.log_epoch(Epoch(2, "head", 0.5, 0.55, 1.5))
+    folders.edit(folders.model / artifacts.TRAINING, mlflow_run_id=run.run_id)
+    assert tracking.publish(params, folders.model) == run.run_id
+    with connected() as client:
+        history = client.get_metric_history(str(run.run_id), "val_loss")
+        assert [(metric.step, metric.value) for metric in history] == [(1, 1.1), (2, 0.55), (3, 1.1 / 3)]
+        assert len(all_runs(client)) == 1
+        assert client.get_run(str(run.run_id)).info.status == "FINISHED"
+
+
+def test_a_training_that_fails_ends_its_run_as_failed(store: Path, params: Params) -> None:
+    with pytest.raises(ValueError), tracking.training_run(params, "0" * 32) as run:
+        raise ValueError
+    with connected() as client:
+        found = client.get_run(str(run.run_id))
+    assert found.info.status == "FAILED"
+    assert found.data.tags["outcome"] == "failed in train"
+
+
+def test_a_given_run_is_joined_and_left_open(
+    store: Path, make_folders: MakeFolders, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connected() as client:
+        given = client.create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    folders = make_folders()
+    with tracking.training_run(params, "0" * 32) as run:
+        assert run.run_id == given
+    folders.edit(folders.model / artifacts.TRAINING, mlflow_run_id=given)
+    assert tracking.publish(params, folders.model) == given
+    with connected() as client:
+        assert len(all_runs(client)) == 1
+        assert client.get_run(given).info.status == "RUNNING"
+
+
+def test_a_second_model_does_not_share_a_given_run(
+    store: Path, make_folders: MakeFolders, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connected() as client:
+        given = client.create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    assert tracking.publish(params, make_folders("first", seed=1).model) == given
+    assert tracking.publish(params, make_folders("second", seed=2).model) != given
+
+
+def test_a_model_whose_run_this_server_does_not_know_gets_a_linked_one(
+    store: Path, make_folders: MakeFolders, params: Params
+) -> None:
+    folders = make_folders()
+    folders.edit(folders.model / artifacts.TRAINING, mlflow_run_id="0" * 32)
+    run_id = tracking.publish(params, folders.model)
+    assert run_id != "0" * 32
+    assert tracking.publish(params, folders.model) == run_id
+    with connected() as client:
+        assert client.get_run(run_id).data.tags["linked_from"] == "0" * 32
+        assert len(all_runs(client)) == 1
+
+
+def test_an_evaluation_of_another_model_is_not_published(
+    store: Path, make_folders: MakeFolders, params: Params
+) -> None:
+    first, second = make_folders("first", seed=1), make_folders("second", seed=2)
+    with pytest.raises(UserError, match="another model"):
+        tracking.publish(params, first.model, second.evaluation)
+
+
+def test_a_closed_gate_shows_in_the_run_of_its_model(store: Path, make_folders: MakeFolders, params: Params) -> None:
+    from braintumor.errors import GateNotPassed
+
+    folders = make_folders(n_wrong=20)
+    run_id = tracking.publish(params, folders.model, folders.evaluation)
+    with pytest.raises(GateNotPassed):
+        gate(folders.evaluation, folders.context, folders.decision, params.gate)
+    with connected() as client:
+        assert client.get_run(run_id).data.tags["outcome"] == "gate not passed"
+
+
+def test_a_deleted_experiment_is_a_user_error(store: Path, make_folders: MakeFolders, params: Params) -> None:
+    with connected() as client:
+        client.delete_experiment(client.create_experiment(params.registration.experiment))
+    with pytest.raises(UserError, match="restore"):
+        tracking.publish(params, make_folders().model)

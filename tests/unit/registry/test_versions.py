@@ -1,0 +1,139 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from braintumor import artifacts
+from braintumor.errors import RegistryUnreachable, UserError
+from braintumor.model.saved import model_digest
+from braintumor.params import Params
+from braintumor.registry import tracking
+from braintumor.registry.server import connected
+from braintumor.registry.versions import champion, download_model, generated_example, register_version
+
+NAME = "brain-tumor-densenet201"
+Register = Callable[..., Any]
+
+
+@pytest.fixture
+def register_model(store: Path, make_folders: Callable[..., Any], params: Params) -> Register:
+    def register(seed: int = 1, card: str = "card", **tags: str) -> Any:
+        build = store.parent / f"build-{seed}"
+        model = build / "model" if build.exists() else make_folders(build.name, seed=seed).model
+        digest = model_digest(model / artifacts.MODEL)
+        run_id = tracking.publish(params, model)
+        tags = {"model_digest": digest, "data_md5": "d" * 32, **tags}
+        return register_version(model / artifacts.MODEL, NAME, "challenger", run_id, tags, card)
+
+    return register
+
+
+def test_there_is_no_champion_in_a_store_that_nobody_made(no_store: Path) -> None:
+    assert champion(NAME) is None
+    assert not no_store.exists()
+
+
+def test_there_is_no_champion_until_a_reviewer_sets_it(register_model: Register, tiny_models: list[Path]) -> None:
+    assert champion(NAME) is None
+    register_model()
+    assert champion(NAME) is None
+    with connected() as client:
+        client.set_registered_model_alias(NAME, "champion", "1")
+    assert champion(NAME) == {"version": "1", "model_digest": model_digest(tiny_models[0]), "data_md5": "d" * 32}
+
+
+def test_the_same_model_stays_one_version_and_what_is_missing_is_mended(register_model: Register) -> None:
+    first = register_model(gate="passed")
+    with connected() as client:
+        client.delete_registered_model_alias(NAME, "challenger")
+        client.delete_model_version_tag(NAME, "1", "gate")
+        client.update_model_version(NAME, "1", description="")
+    again = register_model(gate="passed")
+    assert (first.number, first.is_new) == ("1", True)
+    assert (again.number, again.alias, again.is_new) == ("1", "challenger", False)
+    with connected() as client:
+        version = client.get_model_version_by_alias(NAME, "challenger")
+        assert version.tags["gate"] == "passed" and version.description == "card"
+        assert len(client.search_model_versions(f"name = '{NAME}'")) == 1
+
+
+def test_a_new_card_replaces_an_old_one_but_not_a_reviewers_words(register_model: Register) -> None:
+    register_model(card="first")
+    register_model(card="second")
+    with connected() as client:
+        assert client.get_model_version(NAME, "1").description == "second"
+        client.update_model_version(NAME, "1", description="seen by Dr. A.")
+    register_model(card="third")
+    with connected() as client:
+        assert client.get_model_version(NAME, "1").description == "seen by Dr. A."
+
+
+def test_an_old_model_does_not_take_the_alias_from_its_successor(register_model: Register) -> None:
+    register_model(1)
+    assert register_model(2).number == "2"
+    again = register_model(1)
+    assert (again.number, again.alias) == ("1", None)
+    with connected() as client:
+        assert str(client.get_model_version_by_alias(NAME, "challenger").version) == "2"
+
+
+def test_an_interrupted_upload_is_finished_in_its_place(
+    store: Path, make_folders: Callable[..., Any], params: Params
+) -> None:
+    model = make_folders().model
+    digest = model_digest(model / artifacts.MODEL)
+    run_id = tracking.publish(params, model)
+    with connected() as client:
+        experiment = client.get_run(run_id).info.experiment_id
+        begun = client.create_logged_model(
+            experiment, name="classifier", source_run_id=run_id, tags={"model_digest": digest}
+        )
+    register_version(model / artifacts.MODEL, NAME, "challenger", run_id, {"model_digest": digest}, "card")
+    with connected() as client:
+        assert client.get_model_version(NAME, "1").source == f"models:/{begun.model_id}"
+        (logged,) = client.search_logged_models([experiment])
+        assert json.loads(logged.tags["mlflow.modelVersions"]) == [{"name": NAME, "version": "1"}]
+        assert logged.status == "READY"
+
+
+@pytest.mark.parametrize("which", ["challenger", "1"])
+def test_the_model_comes_back_byte_for_byte(
+    which: str, register_model: Register, tiny_models: list[Path], tmp_path: Path
+) -> None:
+    register_model()
+    file = download_model(NAME, which, tmp_path / "downloaded")
+    assert file.read_bytes() == tiny_models[0].read_bytes()
+    assert list((tmp_path / "downloaded").iterdir()) == [file]
+
+
+@pytest.mark.parametrize("which", ["champion", "7", "nobody"])
+def test_a_version_that_does_not_exist_is_a_user_error(which: str, register_model: Register, tmp_path: Path) -> None:
+    register_model()
+    with pytest.raises(UserError, match=which):
+        download_model(NAME, which, tmp_path / "downloaded")
+
+
+def test_a_model_that_was_changed_in_the_store_is_refused(
+    register_model: Register, tiny_models: list[Path], tmp_path: Path
+) -> None:
+    register_model()
+    (stored,) = (tmp_path / "mlartifacts").rglob("model.keras")
+    stored.write_bytes(tiny_models[1].read_bytes())
+    with pytest.raises(UserError, match="register the model again"):
+        download_model(NAME, "challenger", tmp_path / "downloaded")
+    assert not list((tmp_path / "downloaded").iterdir())
+
+
+def test_a_server_that_is_away_is_reported(no_server: str, tmp_path: Path) -> None:
+    with pytest.raises(RegistryUnreachable, match=no_server):
+        champion(NAME)
+    with pytest.raises(RegistryUnreachable, match=no_server):
+        download_model(NAME, "challenger", tmp_path / "downloaded")
+
+
+def test_the_input_example_is_a_ramp_of_grey() -> None:
+    example = generated_example(64)
+    assert example.shape == (1, 64, 64, 1) and example.dtype == "uint8"
+    assert (example.min(), example.max()) == (0, 255)
