@@ -173,16 +173,15 @@ def register(
 def predict(
     paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
     model: Annotated[Path | None, typer.Option(help="A model.keras file, instead of the registry.")] = None,
-    alias: Annotated[str, typer.Option(help="Alias of the version in the registry.")] = "champion",
+    alias: Annotated[str, typer.Option(help="Alias or number of the version in the registry.")] = "champion",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     params_file: ParamsFile = PARAMS,
 ) -> None:
     """Class and probabilities of images, by a model of the registry or a file."""
-    from braintumor.params import load_params
-    from braintumor.predict import find_model, predict_files, show
+    from braintumor.predict import model_file, predict_files, show
 
-    file = model or find_model(load_params(params_file).registration, alias)
-    predictions, unreadable = predict_files(file, paths)
+    with model_file(model, params_file, alias) as file:
+        predictions, unreadable = predict_files(file, paths)
     show(predictions, as_json)
     if unreadable:
         raise UserError("\n".join(unreadable))

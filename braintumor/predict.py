@@ -2,7 +2,8 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from braintumor import artifacts
 from braintumor.errors import UserError
 from braintumor.model.images import IMAGE_SUFFIXES, UnreadableImage, decode_grey, resize_square
 from braintumor.model.inference import image_size_px, load_classifier, predict_probabilities
-from braintumor.params import RegisterParams
+from braintumor.params import load_params
 from braintumor.registry import versions
 
 
@@ -25,10 +26,15 @@ class Prediction:
     probabilities: dict[str, float]
 
 
-def find_model(params: RegisterParams, alias: str) -> Path:
-    """A copy of the model.keras of the version with `alias`; kept under its digest, so it is fetched once."""
-    cache = Path(tempfile.gettempdir())
-    return versions.download_model(params.model_name, alias, cache)
+@contextmanager
+def model_file(model: Path | None, params_file: Path, alias: str) -> Iterator[Path]:
+    """The file `model`, or for the block's time a copy of the registry's version with that alias or number."""
+    if model is not None:
+        yield model
+        return
+    name = load_params(params_file).registration.model_name
+    with tempfile.TemporaryDirectory(prefix="braintumor-") as folder:
+        yield versions.download_model(name, alias, Path(folder))
 
 
 def predict_files(model: Path, paths: Sequence[Path]) -> tuple[list[Prediction], list[str]]:
