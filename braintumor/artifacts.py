@@ -1,11 +1,13 @@
 """The names of all files that travel between steps, how they are written, and their digests.
 
 An artifact is a directory. It appears whole or not at all: `replacing_directory` fills a hidden sibling and
-renames it at the end, so a step that is killed leaves the last good output and can be run again.
+renames it at the end. A step that is killed can be run again; the last good output is there then, at the latest.
 """
 
+import glob
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,12 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from braintumor.errors import UserError
+from braintumor.errors import UserError, name_some
 
-CLASS_NAMES = ("glioma", "meningioma", "notumor", "pituitary")
-NO_TUMOUR = "notumor"
-DECLARED_SPLITS = ("train", "test")
-SPLIT_NAMES = ("train", "val", "calibration", "test")
 GROUPS_FILE = "groups.csv"  # optional, in the data set's root: path,patient
 
 CONTEXT = "context.json"
@@ -48,6 +46,16 @@ PER_CLASS = "per_class.png"
 DECISION = "decision.json"
 
 REGISTRATION = "registration.json"
+
+# All that a step may find in its output folder, and replace.
+STEP_FILES = frozenset(
+    {
+        *(CONTEXT, MANIFEST, LEAKAGE, FINDINGS, DATA_DOCS, SPLITS, DROPPED, SPLIT_SUMMARY),
+        *(MODEL, LABELS, HISTORY, LEARNING_CURVE, SEEN_IMAGES, TRAINING),
+        *(METRICS, PREDICTIONS, CONFUSION_MATRIX, ROC_CURVES, PER_CLASS, DECISION, REGISTRATION),
+        ".gitignore",  # DVC's
+    }
+)
 
 
 def sha256_of_file(path: Path) -> str:
@@ -86,13 +94,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def replacing_directory(output: Path) -> Iterator[Path]:
-    """A folder to fill; at the end it replaces `output`, after an error it is removed and `output` is as before."""
+def replacing_directory(output: Path, may_hold: frozenset[str] | None = STEP_FILES) -> Iterator[Path]:
+    """A folder to fill; at the end it replaces `output`, after an error it is removed and `output` is as before.
+
+    Raises UserError if `output` holds anything but `may_hold` (None: whatever it holds): a mistyped folder is not ours
+    to delete. What a killed process left beside `output` is put back or removed first.
+    """
     output = output.absolute()
     if output.is_file():
         raise UserError(f"{output} is a file; give a folder as --output")
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    recover_interrupted(output)
+    found = [path.name for path in output.iterdir()] if output.exists() else []
+    foreign = sorted(set(found) - may_hold) if may_hold is not None else []
+    if foreign:
+        raise UserError(f"{output} holds {name_some(foreign)}, which no step made; give another folder as --output")
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{os.getpid()}-", dir=output.parent))
     partial.chmod(0o755)
     try:
         yield partial
@@ -107,3 +124,25 @@ def replacing_directory(output: Path) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def recover_interrupted(output: Path) -> None:
+    """Put back what a killed process had moved aside, and remove what else it left."""
+    name = glob.escape(output.name)
+    previous = sorted(path for path in output.parent.glob(f".{name}.previous-*") if not _is_alive(path))
+    if not output.exists() and len(previous) > 1:
+        raise UserError(
+            f"{output} is missing, and several earlier versions of it stand beside it: "
+            f"{name_some([str(path) for path in previous])}; rename the right one to {output.name}, remove the others"
+        )
+    if not output.exists() and previous:
+        previous.pop().replace(output)
+    partial = [path for path in output.parent.glob(f".{name}.partial-*") if not _is_alive(path)]
+    for leftover in [*previous, *partial]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(leftover: Path) -> bool:
+    """Whether the process in the folder's name still runs; it may be this one, in another folder's turn."""
+    process = leftover.name.rpartition("-")[0].rpartition("-")[2]
+    return process.isdecimal() and Path("/proc", process).exists()

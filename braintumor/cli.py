@@ -1,5 +1,6 @@
 """The command line: options in, a step's function called, its findings shown; no logic of its own."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -38,14 +39,16 @@ DATA, BUILD, PARAMS = Path("data"), Path("build"), Path("params.yaml")
 
 def main() -> None:
     """Run the command; a person's mistake ends in one message and the error's exit code, not in a traceback."""
+    # Kubernetes and `docker stop` send SIGTERM: leave as after an error, so that nothing half-written stays.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app()
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("Interrupted; what was finished is kept.", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:
+        print(f"Error: {error}; check the path, its permissions and the free space", file=sys.stderr)
+        sys.exit(UserError.exit_code)
 
 
 @app.command(rich_help_panel="Steps")
@@ -145,9 +148,12 @@ def gate(
 ) -> None:
     """Judge the evaluation; exit code 4 if the model may not be registered."""
     from braintumor.params import load_params
+    from braintumor.progress import warn
     from braintumor.steps.gate import gate
 
     decision = gate(evaluation, context, output, load_params(params_file).gate)
+    for warning in decision.warnings:
+        warn(warning)
     print(f"gate: passed, {len(decision.checks)} checks")
 
 
@@ -166,7 +172,8 @@ def register(
     from braintumor.steps.register import register
 
     registration = register(model, splits, evaluation, decision, context, output, load_params(params_file))
-    print(f"register: {registration.model_name} version {registration.version}, alias {registration.alias}")
+    alias = registration.alias or "left on a newer version"
+    print(f"register: {registration.model_name} version {registration.version}, alias {alias}")
 
 
 @app.command(rich_help_panel="Use")
@@ -242,7 +249,7 @@ def model_backbone(
 @model_app.command("pretrain-sample")
 def model_pretrain_sample(
     output: Annotated[Path, typer.Argument(help="The .weights.h5 file to make.")],
-    seed: Annotated[int, typer.Option(min=0, help="Of the phantoms; not the sample's own.")] = 1000,
+    seed: Annotated[int, typer.Option(min=1, help="Of the phantoms; 0 is the sample's own.")] = 1000,
     params_file: ParamsFile = Path("params/pretrain-sample.yaml"),
 ) -> None:
     """Pre-train the sample's backbone on phantoms of another seed."""
@@ -253,7 +260,8 @@ def model_pretrain_sample(
     params = load_params(params_file).train
     with shown() as progress:
         epochs = pretrain_sample(output, params, seed, progress)
-    print(f"{output}: val accuracy {max(epoch.val_accuracy for epoch in epochs):.1%}")
+    kept = min(epochs, key=lambda epoch: epoch.val_loss)
+    print(f"{output}: epoch {kept.epoch}, val accuracy {kept.val_accuracy:.1%}")
 
 
 @params_app.command("list")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from braintumor.artifacts import write_text
 from braintumor.errors import UserError
@@ -16,6 +16,7 @@ PROFILES = Path("params")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Section(BaseModel):
@@ -42,7 +43,7 @@ class SplitParams(Section):
     """How images are divided into train, val, calibration and test."""
 
     protocol: Literal["official", "grouped", "declared"]
-    seed: int
+    seed: Seed
     test_fraction: Annotated[float, Field(gt=0, lt=1, description="of all images; used by 'grouped' alone")]
     val_fraction: Annotated[float, Field(gt=0, lt=1, description="of the images that are not for testing")]
     calibration_fraction: Annotated[float, Field(gt=0, lt=1, description="of the images that are not for testing")]
@@ -62,7 +63,7 @@ class Augmentation(Section):
 class TrainParams(Section):
     """The training recipe."""
 
-    seed: int
+    seed: Seed
     image_size_px: Annotated[int, Field(ge=32, le=1024)]
     weights: Annotated[str, Field(min_length=1, description="'imagenet', 'none', a file or an s3:// address")]
     batch_size: Positive
@@ -84,11 +85,15 @@ class TrainParams(Section):
     augmentation: Augmentation
 
     @model_validator(mode="after")
-    def _trains_something(self) -> "TrainParams":
+    def _has_no_contradiction(self) -> "TrainParams":
         if self.weights == "none" and self.epochs == 0:
             raise ValueError("weights 'none' need epochs >= 1: there is no head phase without pretrained weights")
         if self.head_epochs + self.epochs == 0:
             raise ValueError("head_epochs and epochs are both 0: nothing would be trained")
+        if self.schedule == "constant" and self.warmup_fraction:
+            raise ValueError("schedule 'constant' has no warm-up: set warmup_fraction to 0 or take 'cosine'")
+        if self.optimizer == "adam" and self.weight_decay:
+            raise ValueError("optimizer 'adam' has no weight decay: set weight_decay to 0 or take 'adamw'")
         return self
 
 
@@ -97,7 +102,7 @@ class EvaluateParams(Section):
 
     bootstrap_samples: Annotated[int, Field(ge=100)]
     confidence_level: Annotated[float, Field(gt=0.5, lt=1)]
-    seed: int
+    seed: Seed
 
 
 class Floor(Section):
@@ -121,6 +126,15 @@ class RegisterParams(Section):
     experiment: Annotated[str, Field(min_length=1)]
     model_name: Annotated[str, Field(min_length=1)]
     alias: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
+
+    @field_validator("alias")
+    @classmethod
+    def _is_free(cls, alias: str) -> str:
+        if alias == "champion":
+            raise ValueError("a reviewer sets 'champion' by hand; name another alias, as 'challenger'")
+        if alias == "latest" or (alias[0] == "v" and alias[1:].isdecimal()):
+            raise ValueError("MLflow keeps this alias for itself; name another one")
+        return alias
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -170,7 +184,8 @@ def _explain(path: Path, item: "ErrorDetails") -> str:
         case "extra_forbidden":
             return f"{path}: {place} is unknown; remove it or mend its spelling"
         case _:
-            return f"{path}: {place} is {item['input']!r}: {item['msg']}"
+            given = "" if isinstance(item["input"], dict) else f" is {item['input']!r}"
+            return f"{path}: {place}{given}: {item['msg']}"
 
 
 def list_profiles(folder: Path = PROFILES) -> dict[str, str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from braintumor import artifacts
 from braintumor.errors import UserError
+from braintumor.labels import CLASS_NAMES
 from braintumor.model.images import IMAGE_SUFFIXES, UnreadableImage, decode_grey, resize_square
 from braintumor.model.inference import image_size_px, load_classifier, predict_probabilities
 from braintumor.params import load_params
@@ -54,8 +54,8 @@ def predict_files(model: Path, paths: Sequence[Path]) -> tuple[list[Prediction],
     predictions = [
         Prediction(
             str(file),
-            artifacts.CLASS_NAMES[int(row.argmax())],
-            {name: round(float(value), 6) for name, value in zip(artifacts.CLASS_NAMES, row, strict=True)},
+            CLASS_NAMES[int(row.argmax())],
+            {name: round(float(value), 6) for name, value in zip(CLASS_NAMES, row, strict=True)},
         )
         for file, row in zip(readable, probabilities, strict=True)
     ]
@@ -79,13 +79,14 @@ def show(predictions: Sequence[Prediction], as_json: bool) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(caption="A research tool, not a diagnostic device.", box=None, header_style="bold")
     table.add_column("image", overflow="fold")
     table.add_column("class")
-    for name in artifacts.CLASS_NAMES:
+    for name in CLASS_NAMES:
         table.add_column(name, justify="right")
     for prediction in predictions:
         values = [f"{value:.1%}" for value in prediction.probabilities.values()]
-        table.add_row(prediction.path, prediction.label, *values)
+        table.add_row(Text(prediction.path), prediction.label, *values)
     Console(soft_wrap=False).print(table)

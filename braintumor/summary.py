@@ -7,6 +7,7 @@ from typing import Any
 
 from braintumor import artifacts
 from braintumor.errors import UserError
+from braintumor.labels import SPLIT_NAMES
 
 Row = tuple[str, str]
 
@@ -53,7 +54,7 @@ def summarise(run: RunFiles) -> Iterator[Row]:
     yield "data version", str(data_md5)
     yield "images checked", _told(run.findings, {"data_md5": data_md5}, _images)
     yield "findings", _told(run.findings, {"data_md5": data_md5}, _findings)
-    yield "copies", _told(run.leakage, {}, _copies)
+    yield "copies", _told(run.leakage, {"data_md5": data_md5}, _copies)
     yield "split", _told(run.split, {"data_md5": data_md5}, _split)
     splits = {"splits_sha256": (run.split or {}).get("splits_sha256")}
     yield "training", _told(run.training, splits, _training)
@@ -93,7 +94,7 @@ def _copies(leakage: dict[str, Any]) -> str:
 
 
 def _split(split: dict[str, Any]) -> str:
-    sizes = ", ".join(f"{split['sizes'][name]} {name}" for name in artifacts.SPLIT_NAMES)
+    sizes = ", ".join(f"{split['sizes'][name]} {name}" for name in SPLIT_NAMES)
     return f"{sizes} ({split['protocol']}; {split['claim']})"
 
 
@@ -132,18 +133,20 @@ def _gate(decision: dict[str, Any], run: RunFiles) -> str:
 def _version(registration: dict[str, Any], run: RunFiles) -> str:
     if run.decision is None or not run.decision["passed"]:
         return "stale: the gate has not passed this model"
-    return f"{registration['model_name']} version {registration['version']} ({registration['alias']})"
+    alias = registration["alias"] or "alias left on a newer version"
+    return f"{registration['model_name']} version {registration['version']} ({alias})"
 
 
 def show_summary(build: Path) -> None:
     """Print the table and where to look next."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     run = RunFiles.read(build)
     table = Table(show_header=False, box=None, padding=(0, 2), pad_edge=False)
     for what, value in summarise(run):
-        table.add_row(f"[bold]{what}[/bold]", value)
+        table.add_row(Text(what, style="bold"), Text(value))
     console = Console(highlight=False)
     console.print(table)
     console.print()

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from braintumor.artifacts import CLASS_NAMES, DECLARED_SPLITS
 from braintumor.data.manifest import Survey
 from braintumor.errors import name_some
+from braintumor.labels import CLASS_NAMES, DECLARED_SPLITS
 from braintumor.params import ValidateParams
 
 if TYPE_CHECKING:

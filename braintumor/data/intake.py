@@ -6,7 +6,6 @@ Images are copied byte for byte.
 """
 
 import fcntl
-import glob
 import io
 import os
 import shutil
@@ -22,8 +21,9 @@ from typing import IO, Protocol
 
 import pandas as pd
 
-from braintumor.artifacts import CLASS_NAMES, DECLARED_SPLITS, GROUPS_FILE, replacing_directory
+from braintumor.artifacts import GROUPS_FILE, recover_interrupted, replacing_directory
 from braintumor.errors import UserError, name_some
+from braintumor.labels import CLASS_NAMES, DECLARED_SPLITS
 from braintumor.model.images import IMAGE_SUFFIXES
 from braintumor.progress import Progress, silent
 
@@ -116,28 +116,13 @@ def import_dataset(source: Path, target: Path, progress: Progress = silent) -> I
         recover_interrupted(target)
         _refuse_foreign_target(target)
         plan = _plan(source, files.paths)
-        with replacing_directory(target) as folder:
+        with replacing_directory(target, may_hold=None) as folder:
             advance = progress("import: copying images", len(plan.targets))
             for path, place in plan.targets.items():
                 _copy(files, path, folder / place)
                 advance()
             has_patients = _carry_patients(source, files, plan, folder)
     return _summary(source, target, plan, has_patients)
-
-
-def recover_interrupted(target: Path) -> None:
-    """Put back a target that a killed import had moved aside, and remove what such an import left."""
-    name = glob.escape(target.name)
-    previous = sorted(target.parent.glob(f".{name}.previous-*"))
-    if not target.exists() and len(previous) > 1:
-        raise UserError(
-            f"{target} is missing, and several earlier versions of it stand beside it: "
-            f"{name_some([str(path) for path in previous])}; rename the right one to {target.name}, remove the others"
-        )
-    if not target.exists() and previous:
-        previous.pop().replace(target)
-    for leftover in [*previous, *target.parent.glob(f".{name}.partial-*")]:
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager

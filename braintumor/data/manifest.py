@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from braintumor.artifacts import CLASS_NAMES, DECLARED_SPLITS, GROUPS_FILE, MANIFEST
+from braintumor.artifacts import GROUPS_FILE, MANIFEST
 from braintumor.data.duplicates import FINGERPRINT_PX, Fingerprints, fingerprint, group_copies
 from braintumor.errors import UserError, name_some
+from braintumor.labels import CLASS_NAMES, DECLARED_SPLITS
 from braintumor.model.images import IMAGE_SUFFIXES, UnreadableImage, open_image, to_grey
 
 MADE_BY = "braintumor validate"

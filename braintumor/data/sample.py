@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from braintumor.artifacts import CLASS_NAMES, GROUPS_FILE, NO_TUMOUR, replacing_directory
+from braintumor.artifacts import GROUPS_FILE, replacing_directory
 from braintumor.errors import UserError
+from braintumor.labels import CLASS_NAMES, NO_TUMOUR
 from braintumor.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -602,8 +603,8 @@ def draw_sample(
     rows: list[tuple[str, str]] = []
     images_per_class: Counter[str] = Counter()
     with ExitStack() as stack:
-        images_folder = stack.enter_context(replacing_directory(output))
-        masks_folder = stack.enter_context(replacing_directory(masks)) if masks else None
+        images_folder = stack.enter_context(replacing_directory(output, may_hold=None))
+        masks_folder = stack.enter_context(replacing_directory(masks, may_hold=None)) if masks else None
         advance = progress("sample: drawing patients", len(orders))
         for split, phantoms in draw_all(orders, processes):
             for phantom in phantoms:

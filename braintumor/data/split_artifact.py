@@ -11,7 +11,7 @@ from braintumor.errors import UserError
 
 MADE_BY = "braintumor split"
 # Facts of the split that every evaluation on it repeats.
-SPLIT_FACTS = ("protocol", "claim", "nearest_neighbour_accuracy", "leaked_share")
+SPLIT_FACTS = ("protocol", "claim", "nearest_neighbour_accuracy", "leaked_share", "declared_leaked_share")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from braintumor.artifacts import CLASS_NAMES, SPLIT_NAMES
 from braintumor.errors import UserError
+from braintumor.labels import CLASS_NAMES, SPLIT_NAMES
 from braintumor.params import SplitParams
 
 CLAIM_LEAKS = "leaks kept"

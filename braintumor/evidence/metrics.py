@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from braintumor.artifacts import CLASS_NAMES, NO_TUMOUR
 from braintumor.errors import UserError
+from braintumor.labels import CLASS_NAMES, NO_TUMOUR
 from braintumor.params import EvaluateParams
 
 PROBABILITY_COLUMNS = tuple(f"probability_{name}" for name in CLASS_NAMES)
@@ -107,7 +107,8 @@ def _intervals(by_group: NDArray[np.float64], params: EvaluateParams) -> dict[st
     """Percentile intervals over resamples of whole groups (Efron & Tibshirani 1993, chapter 13).
 
     A figure of exactly 1 gives resamples without spread. The interval then reaches down to Clopper & Pearson's bound
-    (1934) for that many groups, all of them right, so that a small test set can't claim certainty.
+    (1934) for as many groups, all of them right, as the figure rests on: all, those with a tumour, those without, or
+    for the means over classes those of the smallest class. So a small test set can't claim certainty.
     """
     from scipy.stats import beta
 
@@ -117,12 +118,22 @@ def _intervals(by_group: NDArray[np.float64], params: EvaluateParams) -> dict[st
     )
     resampled = (draws @ by_group.reshape(n_groups, -1)).reshape(-1, *by_group.shape[1:])
     tail = (1 - params.confidence_level) / 2
-    certain = float(beta.ppf(tail, n_groups, 1))
+    has_class = by_group.sum(axis=2) > 0
+    smallest = int(has_class.sum(axis=0).min())
+    resting_on = {
+        "accuracy": n_groups,
+        "tumour_sensitivity": int(np.delete(has_class, _NO_TUMOUR, axis=1).any(axis=1).sum()),
+        "tumour_specificity": int(has_class[:, _NO_TUMOUR].sum()),
+        "balanced_accuracy": smallest,
+        "macro_f1": smallest,
+    }
     point = _figures(by_group.sum(axis=0))
     intervals = {}
     for name, values in _figures(resampled).items():
         low, high = np.quantile(values, [tail, 1 - tail])
-        intervals[name] = [min(float(low), certain) if point[name] == 1 else float(low), float(high)]
+        if point[name] == 1:
+            low = min(low, beta.ppf(tail, resting_on[name], 1))
+        intervals[name] = [float(low), float(high)]
     return intervals
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from braintumor.artifacts import CLASS_NAMES
 from braintumor.evidence.metrics import PROBABILITY_COLUMNS
+from braintumor.labels import CLASS_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

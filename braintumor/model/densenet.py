@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from braintumor.artifacts import CLASS_NAMES
+from braintumor.artifacts import sha256_of_file
 from braintumor.errors import UserError
+from braintumor.labels import CLASS_NAMES
 from braintumor.params import TrainParams
 
 if TYPE_CHECKING:
@@ -133,6 +134,11 @@ def _fetch(weights: str) -> Path:
             "or name another file, an s3:// address, 'imagenet' or 'none'"
         )
     return path
+
+
+def weights_digest(params: TrainParams) -> str | None:
+    """Hex SHA-256 of the weights' file or object; None for 'none' and for Keras' own 'imagenet'."""
+    return None if params.weights in {"none", "imagenet"} else sha256_of_file(_fetch(params.weights))
 
 
 def _add_head(backbone: "keras.Model", params: TrainParams) -> "keras.Model":

@@ -1,6 +1,7 @@
 """Decoding and resizing: the only place where a file becomes pixels."""
 
 import os
+import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,9 @@ from braintumor.errors import UserError
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
 # A slice is at most a few megapixels; a larger picture is a mistake or an attack on memory.
 MAX_PIXELS = 64_000_000
+
+# What Pillow's decoders raise, by format, for damaged content.
+DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error)
 
 Grey = NDArray[np.uint8]
 
@@ -44,13 +48,19 @@ def open_image(path: Path) -> Image.Image:
         raise UnreadableImage(f"{path} is not an image; replace or remove it") from error
     except FileNotFoundError as error:
         raise UnreadableImage(f"{path} is missing; run 'dvc pull' or 'braintumor data import'") from error
-    # Pillow's decoders raise these, by format, for damaged content.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (*DECODER_ERRORS, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"{path} is damaged ({error}); replace or remove it") from error
 
 
 def to_grey(image: Image.Image, path: Path) -> Grey:
     """The luminance of a decoded image, uint8 (height, width); transparency lies on black."""
+    try:
+        return _luminance(image, path)
+    except DECODER_ERRORS as error:
+        raise UnreadableImage(f"{path} can't be turned to grey ({error}); convert or remove it") from error
+
+
+def _luminance(image: Image.Image, path: Path) -> Grey:
     if image.mode in {"I", "F"} or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
         low, high = float(values.min()), float(values.max())

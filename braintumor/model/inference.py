@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from braintumor.artifacts import CLASS_NAMES
 from braintumor.errors import UserError
+from braintumor.labels import CLASS_NAMES
 from braintumor.model.densenet import import_keras
 
 if TYPE_CHECKING:

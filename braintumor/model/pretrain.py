@@ -12,6 +12,7 @@ import pandas as pd
 
 from braintumor import artifacts
 from braintumor.data.sample import draw_sample
+from braintumor.labels import CLASS_NAMES
 from braintumor.model import training
 from braintumor.model.densenet import build_classifier, save_backbone, with_temperature
 from braintumor.model.images import load_images
@@ -43,5 +44,5 @@ def _load(phantoms: Path, part: str, params: TrainParams, progress: Progress) ->
     files = sorted((phantoms / part).rglob("*.jpg"))
     paths = [file.relative_to(phantoms).as_posix() for file in files]
     images = load_images(phantoms, paths, params.image_size_px, progress(f"pretrain: decoding {part}", len(paths)))
-    labels = pd.Series([file.parent.name for file in files]).map(artifacts.CLASS_NAMES.index).to_numpy(np.int64)
+    labels = pd.Series([file.parent.name for file in files]).map(CLASS_NAMES.index).to_numpy(np.int64)
     return training.LabelledImages(images, labels)

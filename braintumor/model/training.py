@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from braintumor.artifacts import CLASS_NAMES
 from braintumor.errors import UserError
+from braintumor.labels import CLASS_NAMES
 from braintumor.model.augmentation import augment
 from braintumor.model.densenet import Classifier, import_keras
 from braintumor.model.inference import BATCH_SIZE
@@ -243,12 +243,21 @@ def score_logits(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> tupl
 
 
 def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-    """The temperature in 0.05..20 with the lowest negative log-likelihood (Guo et al. 2017, arXiv:1706.04599)."""
-    from scipy.optimize import minimize_scalar
+    """The temperature in 0.05..20 with the lowest negative log-likelihood (Guo et al. 2017, arXiv:1706.04599).
 
-    found = minimize_scalar(
-        lambda log_temperature: score_logits(logits / np.exp(log_temperature), labels)[0],
-        bounds=(np.log(0.05), np.log(20)),
-        method="bounded",
-    )
+    Each label counts as (n + 1) / (n + 2) sure, as in Platt (1999): where all n answers are right, the plain likelihood
+    has no minimum, and would make the model as confident as the range allows.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
+
+    n, n_classes = logits.shape
+    doubt = n_classes / (n_classes - 1) / (n + 2)
+
+    def loss(log_temperature: float) -> float:
+        log_likelihoods = log_softmax(logits / np.exp(log_temperature), axis=1)
+        on_labels = log_likelihoods[np.arange(n), labels].mean()
+        return float(-(1 - doubt) * on_labels - doubt * log_likelihoods.mean())
+
+    found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded")
     return float(np.exp(found.x))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from braintumor.artifacts import CLASS_NAMES
+from braintumor.labels import CLASS_NAMES
 from braintumor.registry.policy import Decision
 
 FIGURES = {
@@ -51,7 +51,8 @@ def _provenance(metrics: Mapping[str, Any], training: Mapping[str, Any]) -> str:
         "Data version": f"`{metrics['data_md5']}`",
         "Code": f"`{training.get('git_commit') or 'unknown'}`",
         "Protocol": f"{metrics['protocol']} (claim: {metrics['claim']})",
-        "Test images with a copy in the declared training folder": f"{100 * metrics['leaked_share']:.1f} %",
+        "Test images with a copy on the training side of this split": _percent(metrics["leaked_share"]),
+        "Declared test images with a copy in the declared training folder": _percent(metrics["declared_leaked_share"]),
     }
     return "\n".join(f"- {name}: {value}" for name, value in rows.items())
 
@@ -86,6 +87,10 @@ def _checks(decision: Decision) -> str:
         verdict = "passed" if check.passed else "not passed" if check.required else "warning"
         lines.append(f"| {check.name} | {verdict} | {check.reason} |")
     return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "none declared" if share is None else f"{100 * share:.1f} %"
 
 
 def _number(value: object) -> str:

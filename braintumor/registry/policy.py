@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from braintumor.artifacts import CLASS_NAMES
+from braintumor.labels import CLASS_NAMES
 from braintumor.params import Floor, GateParams
 
 # 'declared' keeps copies of training images in the test set: its figures are for comparison only.

@@ -107,6 +107,11 @@ def _explain(address: str, error: Exception) -> UserError | None:
         )
     if isinstance(error, MlflowException):
         return UserError(f"MLflow at {shown} can't do this: {reason}")
+    if isinstance(error, OSError):
+        return RegistryUnreachable(
+            f"the artifact store of MLflow at {shown} can't be written ({reason}); let the server keep artifacts "
+            "(--serve-artifacts), or mend the place, then run this again: it finishes what is missing"
+        )
     if isinstance(error, ModuleNotFoundError):
         return UserError(f"MLFLOW_TRACKING_URI {shown} needs the Python package {error.name}")
     return None

@@ -80,7 +80,8 @@ class LiveRun:
         try:
             with connected(is_patient=False) as client:
                 call(client)
-        except UserError as error:
+        # Whatever it is, it must not cost the model that is being trained.
+        except Exception as error:
             self._is_heard = False
             warn(f"{error}. Training goes on; its history is logged when it is published")
 
@@ -123,7 +124,8 @@ def publish_if_reachable(
     """As `publish`, but MLflow's failure is only a warning: the next step that reaches it makes up for it."""
     try:
         return publish(params, model, evaluation, decision)
-    except UserError as error:
+    # Whatever it is, it must not cost the model that was trained.
+    except Exception as error:
         warn(f"{error}. The model is kept; MLflow gets the rest at the next step that reaches it")
         return None
 
@@ -226,7 +228,7 @@ def _find_run(client: "MlflowClient", digest: str, known_id: object) -> str | No
         return str(named.info.run_id)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     tagged = client.search_runs(
-        experiments, f"tags.{MODEL_DIGEST} = '{digest}'", max_results=1, order_by=["attributes.start_time ASC"]
+        experiments, f"tags.{MODEL_DIGEST} = '{digest}'", max_results=1, order_by=["attributes.start_time DESC"]
     )
     return str(tagged[0].info.run_id) if tagged else None
 
@@ -276,7 +278,7 @@ def _publish_training(client: "MlflowClient", run_id: str, model: Path, training
     for name in (artifacts.LEARNING_CURVE, artifacts.HISTORY, artifacts.LABELS, artifacts.TRAINING):
         if (model / name).is_file():
             client.log_artifact(run_id, str(model / name), "training")
-    _tag(client, run_id, {f"{OUTCOME}.train": "trained"})
+    _tag(client, run_id, {f"{OUTCOME}.train": "trained", OUTCOME: "trained"})
     _end(client, client.get_run(run_id), "FINISHED")
     _mark_published(client, run_id, "training", digest)
 

@@ -1,7 +1,6 @@
 """The step `register`."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,19 +14,17 @@ from braintumor.data.split_artifact import SPLIT_FACTS, MadeSplit, load_split
 from braintumor.errors import GateNotPassed, UserError
 from braintumor.evidence.metrics import compute_metrics, read_predictions
 from braintumor.model.saved import model_digest
-from braintumor.params import EvaluateParams, Params, RegisterParams
+from braintumor.params import EvaluateParams, Params
 from braintumor.progress import note
 from braintumor.registry import tracking
 from braintumor.registry.model_card import version_tags, write_card
 from braintumor.registry.policy import Decision
-from braintumor.registry.versions import CHAMPION, register_version
+from braintumor.registry.versions import register_version
 from braintumor.steps.gate import judge
 
 TRAIN, EVALUATE, GATE, RESOLVE = (f"braintumor {step}" for step in ("train", "evaluate", "gate", "resolve"))
 METRICS_TOLERANCE = 1e-9
 IMAGE_COLUMNS = ["path", "label", "group"]
-# MLflow keeps these aliases for itself.
-RESERVED_ALIAS = re.compile(r"latest|v\d+")
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,6 @@ def register(
     Raises GateNotPassed for a decision that closed the gate, UserError for evidence that is stale or was changed
     (nothing is registered), RegistryUnreachable if MLflow does not answer.
     """
-    _refuse_alias(params.registration)
     evidence = _check_evidence(model, splits, evaluation, decision, context, params)
     run_id = tracking.publish(params, model, evaluation, decision)
     name, alias = params.registration.model_name, params.registration.alias
@@ -88,13 +84,6 @@ def register(
     with replacing_directory(output) as folder:
         write_json(folder / artifacts.REGISTRATION, asdict(registration))
     return registration
-
-
-def _refuse_alias(params: RegisterParams) -> None:
-    if params.alias == CHAMPION:
-        raise UserError(f"register.alias is '{CHAMPION}', which a reviewer sets by hand; name another, as 'challenger'")
-    if RESERVED_ALIAS.fullmatch(params.alias):
-        raise UserError(f"register.alias is '{params.alias}', which MLflow keeps for itself; name another one")
 
 
 def _check_evidence(

@@ -9,17 +9,18 @@ import pandas as pd
 from braintumor.artifacts import (
     DROPPED,
     MANIFEST,
-    SPLIT_NAMES,
     SPLIT_SUMMARY,
     SPLITS,
     replacing_directory,
     sha256_of_file,
     write_json,
 )
+from braintumor.data.duplicates import measure_leakage
 from braintumor.data.manifest import file_md5s, list_contents, load_manifest, version_md5
 from braintumor.data.splits import Splits, make_splits, sizes_by_class
 from braintumor.errors import UserError, name_some
 from braintumor.evidence.neighbours import NEIGHBOUR_SIZE_PX, nearest_neighbour_accuracy
+from braintumor.labels import SPLIT_NAMES
 from braintumor.model.images import load_images
 from braintumor.params import SplitParams
 from braintumor.progress import Progress, silent
@@ -61,6 +62,7 @@ def split(
             "n_dropped": len(splits.dropped),
             "leaked_test_images": splits.leaked_test_images,
             "leaked_share": splits.leaked_share,
+            "declared_leaked_share": measure_leakage(manifest)["leaked_share"],
             "nearest_neighbour_accuracy": floor,
             "max_share_deviation_seen": splits.max_share_deviation,
             "warnings": splits.warnings,

@@ -11,8 +11,9 @@ import pandas as pd
 from braintumor import artifacts
 from braintumor.data.split_artifact import MadeSplit, load_split, refuse_other_data
 from braintumor.evidence.plots import plot_learning_curve
+from braintumor.labels import CLASS_NAMES
 from braintumor.model import training
-from braintumor.model.densenet import Classifier, build_classifier, with_temperature
+from braintumor.model.densenet import Classifier, build_classifier, weights_digest, with_temperature
 from braintumor.model.images import load_images
 from braintumor.model.inference import BATCH_SIZE
 from braintumor.model.saved import model_digest
@@ -48,11 +49,14 @@ def train(dataset: Path, splits: Path, output: Path, params: Params, progress: P
     training.make_reproducible(params.train.seed)
     classifier = build_classifier(params.train)
     images = {name: _load(dataset, made, name, params, progress) for name in USED_SPLITS}
+    seen = made.rows[made.rows["split"].isin(USED_SPLITS)]
+    # Before the training: what happens to the folder meanwhile changes nothing of what was seen.
+    seen = seen.assign(sha256=[artifacts.sha256_of_file(dataset / path) for path in seen["path"]])
     with tracking.training_run(params, made.data_md5) as run:
         history = training.History(on_epoch=run.log_epoch)
         _fit(classifier, images, params, history, progress)
         temperature = _fit_temperature(classifier, images["calibration"])
-        summary = _save(classifier, history, temperature, made, dataset, output, params, started, run.run_id)
+        summary = _save(classifier, history, temperature, made, seen, output, params, started, run.run_id)
     tracking.publish_if_reachable(params, model=output)
     return summary
 
@@ -61,7 +65,7 @@ def _load(dataset: Path, made: MadeSplit, name: str, params: Params, progress: P
     rows = made.part(name)
     advance = progress(f"train: decoding {name}", len(rows))
     pixels = load_images(dataset, list(rows["path"]), params.train.image_size_px, advance)
-    labels = rows["label"].map(artifacts.CLASS_NAMES.index).to_numpy(np.int64)
+    labels = rows["label"].map(CLASS_NAMES.index).to_numpy(np.int64)
     return training.LabelledImages(pixels, labels)
 
 
@@ -91,7 +95,7 @@ def _save(
     history: training.History,
     temperature: float,
     made: MadeSplit,
-    dataset: Path,
+    seen: pd.DataFrame,
     output: Path,
     params: Params,
     started: float,
@@ -110,7 +114,6 @@ def _save(
             seconds=round(time.monotonic() - started, 1),
             mlflow_run_id=run_id,
         )
-        rows = made.rows[made.rows["split"].isin(USED_SPLITS)]
         artifacts.write_json(
             folder / artifacts.TRAINING,
             asdict(summary)
@@ -119,14 +122,14 @@ def _save(
                 "splits_sha256": made.sha256,
                 "params": params.train.model_dump(),
                 "git_commit": git_commit(),
-                "images": rows["split"].value_counts().to_dict(),
+                "weights_sha256": weights_digest(params.train),
+                "images": seen["split"].value_counts().to_dict(),
             },
         )
-        artifacts.write_json(folder / artifacts.LABELS, {"class_names": list(artifacts.CLASS_NAMES)})
+        artifacts.write_json(folder / artifacts.LABELS, {"class_names": list(CLASS_NAMES)})
         pd.DataFrame(history.rows()).to_csv(folder / artifacts.HISTORY, index=False)
         plot_learning_curve(history.rows(), folder / artifacts.LEARNING_CURVE)
-        digests = [artifacts.sha256_of_file(dataset / path) for path in rows["path"]]
-        rows.assign(sha256=digests).to_csv(folder / artifacts.SEEN_IMAGES, index=False)
+        seen.to_csv(folder / artifacts.SEEN_IMAGES, index=False)
     return summary
 
 

@@ -47,7 +47,7 @@ def validate(dataset: Path, output: Path, params: ValidateParams, progress: Prog
         critical = [finding for finding in findings if finding.severity == "critical"]
         if not critical:
             write_manifest(surveyed.images, surveyed.data_md5, folder / MANIFEST)
-            write_json(folder / LEAKAGE, leakage)
+            write_json(folder / LEAKAGE, {"data_md5": surveyed.data_md5, **leakage})
     if critical:
         raise CriticalFinding(_explain(dataset, output, critical))
     return ValidationSummary(

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = ("resolve", "validate", "split", "train", "evaluate", "gate", "register")
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 # What changes how a step tells, stores or records its result, and never the result itself.
-NO_INFLUENCE = {"braintumor", "braintumor.errors", "braintumor.params", "braintumor.progress"}
+NO_INFLUENCE = {"braintumor", "braintumor.artifacts", "braintumor.errors", "braintumor.params", "braintumor.progress"}
 RECORDS = ("braintumor.registry.",)
 # The data version is checked through these; their own results are files that the stage depends on.
 CHECKS_OF_THE_DATA = {"braintumor.data.manifest", "braintumor.data.duplicates"}

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from braintumor.artifacts import CLASS_NAMES
 from braintumor.cli import main
+from braintumor.labels import CLASS_NAMES
 
 ROOT = Path(__file__).parents[2]
 

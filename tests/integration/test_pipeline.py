@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from braintumor.artifacts import CLASS_NAMES, read_json
+from braintumor.artifacts import read_json
+from braintumor.labels import CLASS_NAMES
 
 STEPS = ("resolve", "validate", "split", "train", "evaluate", "gate", "register")
 

@@ -29,7 +29,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory, free_ports: Any) -> Iterator[st
     ports = dict(zip(("master", "volume", "filer", "s3"), free_ports(4), strict=True))
     command = [
         str(Path(sys.executable).with_name("weed")), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}",
-        "-s3", f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=64", "-master.telemetry=false", "-s3.port.iceberg=0",
+        "-s3", f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0",
+        "-master.volumeSizeLimitMB=64", "-master.telemetry=false",
         *(f"-{name}.port={port}" for name, port in ports.items()),
         *(f"-{name}.port.grpc={port}" for name, port in zip(ports, free_ports(4), strict=True)),
     ]  # fmt: skip

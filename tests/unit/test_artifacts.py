@@ -1,18 +1,21 @@
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from braintumor.artifacts import read_json, replacing_directory, write_json
+from braintumor.artifacts import read_json, recover_interrupted, replacing_directory, write_json
 from braintumor.errors import UserError
 
 
 def test_directory_appears_whole_and_replaces_the_earlier_one(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "model"
-    for content in ("first", "second"):
+    for content in ("history.csv", "model.keras"):
         with replacing_directory(output) as folder:
             (folder / content).write_text(content)
             assert not (output / content).exists()
-    assert [path.name for path in output.iterdir()] == ["second"]
+    assert [path.name for path in output.iterdir()] == ["model.keras"]
     assert [path.name for path in output.parent.iterdir()] == ["model"]
 
 
@@ -20,11 +23,14 @@ def test_directory_appears_whole_and_replaces_the_earlier_one(tmp_path: Path) ->
 def test_failure_leaves_the_earlier_directory_and_no_rest(tmp_path: Path, failure: type[BaseException]) -> None:
     output = tmp_path / "model"
     output.mkdir()
-    (output / "kept").write_text("kept")
+    (output / "model.keras").write_text("kept")
     with pytest.raises(failure), replacing_directory(output) as folder:
         (folder / "half").write_text("half")
         raise failure
-    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["model", "model/kept"]
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "model",
+        "model/model.keras",
+    ]
 
 
 def test_output_that_is_a_file_is_refused_and_kept(tmp_path: Path) -> None:
@@ -50,3 +56,53 @@ def test_unreadable_json_names_the_command_that_makes_it(tmp_path: Path, text: s
     with pytest.raises(UserError, match=told) as error:
         read_json(path, "braintumor evaluate")
     assert "'braintumor evaluate'" in str(error.value)
+
+
+def test_folder_that_no_step_made_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"thesis\.txt, which no step made"), replacing_directory(tmp_path):
+        pass
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+KILLED = """
+import os, signal, sys
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from braintumor import artifacts
+kill_at, output = int(sys.argv[1]), Path(sys.argv[2])
+renames, replace = iter(range(10)), Path.replace
+
+def replace_or_die(self, target):
+    if next(renames) == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+
+Path.replace = replace_or_die
+with artifacts.replacing_directory(output) as folder:
+    (folder / "model.keras").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("kill_at", [0, 1])
+def test_kill_at_either_rename_loses_nothing(tmp_path: Path, kill_at: int) -> None:
+    output = tmp_path / "model"
+    output.mkdir()
+    (output / "model.keras").write_text("old")
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(kill_at), str(output)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    recover_interrupted(output)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (output / "model.keras").read_text() == "old"
+
+
+def test_what_a_running_process_is_filling_is_left_alone(tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    with replacing_directory(output) as folder:
+        (folder / "model.keras").write_text("mine")
+        with replacing_directory(output) as other:
+            (other / "model.keras").write_text("theirs")
+        assert (folder / "model.keras").read_text() == "mine"
+    assert (output / "model.keras").read_text() == "mine"

@@ -16,7 +16,7 @@ def build(tmp_path: Path) -> Path:
     write_json(tmp_path / "resolve/context.json", {"data_md5": DATA, "n_images": 881})
     findings = [{"name": "balance", "severity": "warning", "message": "m", "culprits": []}]
     write_json(tmp_path / "validation/findings.json", {"data_md5": DATA, "n_images": 881, "findings": findings})
-    write_json(tmp_path / "validation/leakage.json", {"n_copies": 22, "leaked_share": 0.25})
+    write_json(tmp_path / "validation/leakage.json", {"data_md5": DATA, "n_copies": 22, "leaked_share": 0.25})
     split = {
         "data_md5": DATA, "splits_sha256": SPLITS, "protocol": "official", "claim": "patient-disjoint",
         "sizes": {"train": 489, "val": 91, "calibration": 71, "test": 230}, "nearest_neighbour_accuracy": 0.278,
@@ -65,7 +65,7 @@ def test_whole_run_is_told_in_one_table(build: Path) -> None:
 def test_new_data_make_everything_after_them_stale(build: Path) -> None:
     write_json(build / "resolve/context.json", {"data_md5": "d" * 32, "n_images": 900})
     told = rows(build)
-    for what in ("images checked", "findings", "split"):
+    for what in ("images checked", "findings", "copies", "split"):
         assert told[what].startswith("stale"), what
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from braintumor.artifacts import CLASS_NAMES
 from braintumor.data.duplicates import measure_leakage
 from braintumor.data.expectations import Finding, check_expectations
 from braintumor.data.manifest import SCHEMA, Contents, Survey
+from braintumor.labels import CLASS_NAMES
 from braintumor.params import ValidateParams
 
 PARAMS = ValidateParams(

@@ -12,10 +12,11 @@ from PIL import Image
 from scipy.stats import chi2_contingency
 from sklearn.neighbors import KNeighborsClassifier
 
-from braintumor.artifacts import CLASS_NAMES, GROUPS_FILE
+from braintumor.artifacts import GROUPS_FILE
 from braintumor.data import sample
 from braintumor.data.sample import Phantom, draw_patient, draw_sample
 from braintumor.errors import UserError
+from braintumor.labels import CLASS_NAMES
 
 TUMOURS = [label for label in CLASS_NAMES if label != "notumor"]
 

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from braintumor.artifacts import CLASS_NAMES
 from braintumor.data.splits import find_units, make_splits, position
 from braintumor.errors import UserError
+from braintumor.labels import CLASS_NAMES
 from braintumor.params import SplitParams
 
 PARAMS = SplitParams(

@@ -9,9 +9,9 @@ from scipy.integrate import quad
 from scipy.stats import norm
 from sklearn import metrics as reference
 
-from braintumor.artifacts import CLASS_NAMES
 from braintumor.errors import UserError
 from braintumor.evidence.metrics import PROBABILITY_COLUMNS, compute_metrics, make_predictions, read_predictions
+from braintumor.labels import CLASS_NAMES
 from braintumor.params import EvaluateParams
 
 PARAMS = EvaluateParams(bootstrap_samples=400, confidence_level=0.95, seed=0)
@@ -109,7 +109,10 @@ def test_flawless_answers_on_few_images_claim_no_certainty() -> None:
     assert found["accuracy"] == 1
     # Clopper & Pearson: 0.025 ** (1 / 40).
     assert found["accuracy_interval"] == pytest.approx([0.025 ** (1 / 40), 1.0])
-    assert found["macro_f1_interval"][0] < 0.95
+    # Specificity rests on the 10 images without a tumour, sensitivity on the 30 others.
+    assert found["tumour_specificity_interval"][0] == pytest.approx(0.025 ** (1 / 10))
+    assert found["tumour_sensitivity_interval"][0] == pytest.approx(0.025 ** (1 / 30))
+    assert found["macro_f1_interval"][0] == found["balanced_accuracy_interval"][0] == pytest.approx(0.025 ** (1 / 10))
 
 
 @pytest.mark.parametrize(

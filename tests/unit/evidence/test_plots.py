@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from braintumor.artifacts import CLASS_NAMES
 from braintumor.evidence import plots
 from braintumor.evidence.metrics import compute_metrics, make_predictions
+from braintumor.labels import CLASS_NAMES
 from braintumor.params import EvaluateParams
 
 

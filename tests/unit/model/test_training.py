@@ -64,6 +64,14 @@ def test_temperature_recovers_the_factor_that_logits_were_multiplied_by() -> Non
         assert training.fit_temperature((logits * factor).astype(np.float32), labels) == pytest.approx(factor, rel=0.05)
 
 
+def test_temperature_of_flawless_logits_claims_no_more_than_their_number_allows() -> None:
+    labels = np.arange(48) % 4
+    logits = np.eye(4)[labels] * 6.0
+    temperature = training.fit_temperature(logits.astype(np.float32), labels)
+    confidence = softmax(logits / temperature, axis=1).max()
+    assert confidence == pytest.approx(49 / 50, abs=1e-3)
+
+
 def test_score_is_the_mean_negative_log_likelihood() -> None:
     logits = np.log(np.array([[0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.3, 0.2]], np.float32))
     loss, accuracy = training.score_logits(logits, np.array([0, 1]))

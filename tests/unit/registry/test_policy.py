@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from braintumor.artifacts import CLASS_NAMES
+from braintumor.labels import CLASS_NAMES
 from braintumor.params import Floor, GateParams
 from braintumor.registry.policy import (
     NEEDED_CLASS_FIGURES,

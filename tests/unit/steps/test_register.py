@@ -254,12 +254,6 @@ def test_missing_evidence_is_refused(name: str, passed: Any, params: Params) -> 
     refused(passed, params, "is missing")
 
 
-@pytest.mark.parametrize("alias", ["champion", "latest", "v1"])
-def test_an_alias_that_is_not_ours_to_set_is_refused(alias: str, passed: Any, params: Params) -> None:
-    registration = params.registration.model_copy(update={"alias": alias})
-    refused(passed, params.model_copy(update={"registration": registration}), alias)
-
-
 def test_mlflow_that_is_away_is_reported_within_15_seconds_and_nothing_is_written(
     no_server: str, make_folders: MakeFolders, params: Params
 ) -> None:

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from braintumor.artifacts import CLASS_NAMES, SPLIT_NAMES, sha256_of_file
+from braintumor.artifacts import sha256_of_file
 from braintumor.data.manifest import dataset_md5, survey, write_manifest
 from braintumor.data.split_artifact import load_split
 from braintumor.errors import UserError
+from braintumor.labels import CLASS_NAMES, SPLIT_NAMES
 from braintumor.params import SplitParams
 from braintumor.steps.split import split
 

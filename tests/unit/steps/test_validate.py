@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from braintumor.artifacts import CLASS_NAMES
 from braintumor.data.manifest import dataset_md5, load_manifest
 from braintumor.errors import CriticalFinding, UserError
+from braintumor.labels import CLASS_NAMES
 from braintumor.params import ValidateParams
 from braintumor.steps.validate import validate
 

@@ -1,0 +1,7 @@
+"""The four classes and the sides of a split, under the names that files, folders and models use."""
+
+# The order of a model's outputs.
+CLASS_NAMES = ("glioma", "meningioma", "notumor", "pituitary")
+NO_TUMOUR = "notumor"
+DECLARED_SPLITS = ("train", "test")
+SPLIT_NAMES = ("train", "val", "calibration", "test")
