@@ -249,19 +249,17 @@ def model_backbone(
 @model_app.command("pretrain-sample")
 def model_pretrain_sample(
     output: Annotated[Path, typer.Argument(help="The .weights.h5 file to make.")],
-    seed: Annotated[int, typer.Option(min=1, help="Of the phantoms; 0 is the sample's own.")] = 1000,
     params_file: ParamsFile = Path("params/pretrain-sample.yaml"),
 ) -> None:
-    """Pre-train the sample's backbone on phantoms of another seed."""
+    """Pre-train the sample's backbone on phantoms of other seeds."""
     from braintumor.model.pretrain import pretrain_sample
     from braintumor.params import load_params
     from braintumor.progress import shown
 
     params = load_params(params_file).train
     with shown() as progress:
-        epochs = pretrain_sample(output, params, seed, progress)
-    kept = min(epochs, key=lambda epoch: epoch.val_loss)
-    print(f"{output}: epoch {kept.epoch}, val accuracy {kept.val_accuracy:.1%}")
+        kept = pretrain_sample(output, params, progress)
+    print(f"{output}: epoch {kept.epoch} of the last round, val accuracy {kept.val_accuracy:.1%}")
 
 
 @params_app.command("list")

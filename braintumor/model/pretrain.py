@@ -1,16 +1,17 @@
-"""The sample's backbone: DenseNet201 pre-trained on phantoms of a seed that the sample does not use.
+"""The sample's backbone: DenseNet201 pre-trained on phantoms of seeds that the sample does not use.
 
 It knows drawn lesions on one template: good for the demo and the tests, for nothing else.
-Run by `make pretrain-sample`; about 45 minutes on two cores.
+Run by `make pretrain-sample`; an hour on two cores.
 """
 
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from braintumor import artifacts
 from braintumor.data.sample import draw_sample
 from braintumor.labels import CLASS_NAMES
 from braintumor.model import training
@@ -19,25 +20,54 @@ from braintumor.model.images import load_images
 from braintumor.params import TrainParams
 from braintumor.progress import Progress, note
 
+
+@dataclass(frozen=True)
+class Round:
+    """A training on phantoms of its own, from the best epoch of the round before."""
+
+    seed: int
+    epochs: int
+    learning_rate: float
+
+
+ROUNDS = (Round(1000, 10, 0.06), Round(2000, 7, 0.04))
 PATIENTS_PER_CLASS = {"train": 1300, "test": 60}
 
 
-def pretrain_sample(output: Path, params: TrainParams, seed: int, progress: Progress) -> list[training.Epoch]:
-    """`output` holds the backbone's weights, kernels in 16 bits; the history of the training is returned."""
+def pretrain_sample(
+    output: Path,
+    params: TrainParams,
+    progress: Progress,
+    rounds: Sequence[Round] = ROUNDS,
+    start: Path | None = None,
+) -> training.Epoch:
+    """`output` holds the backbone's weights, kernels in 16 bits; the epoch that was kept is returned.
+
+    `start` is the model.keras of an earlier round, kept beside `output` as `output`.keras.
+    """
     training.make_reproducible(params.seed)
-    with tempfile.TemporaryDirectory(prefix="phantoms-") as folder:
-        phantoms = Path(folder) / "phantoms"
-        draw_sample(phantoms, PATIENTS_PER_CLASS, seed=seed, progress=progress)
-        train_images = _load(phantoms, "train", params, progress)
-        val_images = _load(phantoms, "test", params, progress)
-        classifier = build_classifier(params)
+    classifier = build_classifier(params)
+    if start is not None:
+        from braintumor.model.inference import load_classifier
+
+        classifier.network.set_weights(load_classifier(start).get_weights())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for number in rounds:
+        recipe = params.model_copy(update={"epochs": number.epochs, "learning_rate": number.learning_rate})
         history = training.History(on_epoch=lambda epoch: note(f"pretrain: {epoch}"))
-        steps = training.steps_per_epoch(len(train_images.labels), params) * params.epochs
-        training.fine_tune(classifier, train_images, val_images, params, history, progress("pretrain", steps))
-        model = Path(folder) / artifacts.MODEL
-        with_temperature(classifier.network, 1.0).save(model)
-        save_backbone(model, output)
-    return history.epochs
+        with tempfile.TemporaryDirectory(prefix="phantoms-") as folder:
+            phantoms = Path(folder) / "phantoms"
+            draw_sample(phantoms, PATIENTS_PER_CLASS, seed=number.seed, progress=progress)
+            train_images = _load(phantoms, "train", recipe, progress)
+            val_images = _load(phantoms, "test", recipe, progress)
+        steps = training.steps_per_epoch(len(train_images.labels), recipe) * recipe.epochs
+        advance = progress(f"pretrain: phantoms of seed {number.seed}", steps)
+        training.fine_tune(classifier, train_images, val_images, recipe, history, advance)
+        # After every round, so that an interrupted training can go on.
+        with_temperature(classifier.network, 1.0).save(output.with_suffix(".keras"))
+    save_backbone(output.with_suffix(".keras"), output)
+    assert history.best is not None
+    return history.best
 
 
 def _load(phantoms: Path, part: str, params: TrainParams, progress: Progress) -> training.LabelledImages:

@@ -73,9 +73,10 @@ class History:
 
 def make_reproducible(seed: int) -> None:
     """The same inputs, seed and hardware give the same weights from here on."""
+    keras = import_keras()
     import tensorflow as tf
 
-    import_keras().utils.set_random_seed(seed)
+    keras.utils.set_random_seed(seed)
     tf.config.experimental.enable_op_determinism()
 
 
@@ -180,20 +181,22 @@ def training_batches(train: LabelledImages, params: TrainParams, epoch: int) -> 
     targets = np.eye(len(CLASS_NAMES), dtype=np.float32)[train.labels]
     weights = sample_weights(train.labels, params)
 
-    def gather(step: Any, rows: Any) -> tuple[Any, Any, Any]:
+    def gather(step: Any, rows: Any) -> tuple[Any, ...]:
         images, labels, row_weights = tf.numpy_function(
             lambda index: (train.images[index], targets[index], weights[index]),
             [rows],
             [tf.uint8, tf.float32, tf.float32],
         )
         images = tf.ensure_shape(images, (None, *train.images.shape[1:]))
-        labels = tf.ensure_shape(labels, (None, len(CLASS_NAMES)))
-        seed = tf.stack([tf.constant(params.seed, tf.int32), tf.cast(step, tf.int32) + epoch * 100_000])
-        augmented = augment(tf.cast(images, tf.float32), seed, params.augmentation)
-        return augmented, labels, tf.ensure_shape(row_weights, (None,))
+        return step, images, tf.ensure_shape(labels, (None, len(CLASS_NAMES))), tf.ensure_shape(row_weights, (None,))
 
-    batches = tf.data.Dataset.from_tensor_slices(order).batch(params.batch_size).enumerate()
-    return batches.map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
+    def vary(step: Any, images: Any, labels: Any, row_weights: Any) -> tuple[Any, Any, Any]:
+        seed = tf.stack([tf.constant(params.seed, tf.int32), tf.cast(step, tf.int32) + epoch * 100_000])
+        return augment(tf.cast(images, tf.float32), seed, params.augmentation), labels, row_weights
+
+    batches = tf.data.Dataset.from_tensor_slices(order).batch(params.batch_size).enumerate().map(gather)
+    # One call at a time: deterministic ops would make it so anyway. It runs ahead of the step that it feeds.
+    return batches.map(vary).prefetch(tf.data.AUTOTUNE)
 
 
 def sample_weights(labels: NDArray[np.int64], params: TrainParams) -> NDArray[np.float32]:
