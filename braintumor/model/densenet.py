@@ -197,7 +197,7 @@ def save_backbone(model: Path, output: Path) -> int:
                     values = np.asarray(item)
                     if values.ndim > 1:
                         values = values.astype(np.float16)
-                    target.create_dataset(name, data=values, compression="gzip", compression_opts=9, shuffle=True)
+                    target.create_dataset(name, data=values)
 
             target.attrs.update(source.attrs)
             source.visititems(copy)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from braintumor.artifacts import DATA_DOCS, FINDINGS, LEAKAGE, MANIFEST, replacing_directory, write_json
+from braintumor.data.data_docs import make_self_contained
 from braintumor.data.duplicates import measure_leakage
 from braintumor.data.expectations import Finding, check_expectations
 from braintumor.data.manifest import list_contents, survey, write_manifest
@@ -43,6 +44,7 @@ def validate(dataset: Path, output: Path, params: ValidateParams, progress: Prog
     leakage = measure_leakage(surveyed.images)
     with replacing_directory(output) as folder:
         findings = check_expectations(surveyed, leakage, params, folder / DATA_DOCS)
+        make_self_contained(folder / DATA_DOCS, surveyed.data_md5, len(surveyed.images), findings)
         write_json(folder / FINDINGS, _findings_record(surveyed.data_md5, len(surveyed.images), findings))
         critical = [finding for finding in findings if finding.severity == "critical"]
         if not critical:
