@@ -185,7 +185,7 @@ def save_backbone(model: Path, output: Path) -> int:
     half = output.with_name(f".{output.stem}.half.weights.h5")
     try:
         fresh.save_weights(full)
-        with h5py.File(full) as source, h5py.File(half, "w") as target:
+        with h5py.File(full) as source, h5py.File(half, "w", libver="latest") as target:
 
             def copy(name: str, item: object) -> None:
                 if isinstance(item, h5py.Group):
