@@ -14,12 +14,10 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 # The demo and the UI are of this folder, whatever server the shell is set up for: phantoms are no production model.
-demo ui: unexport MLFLOW_TRACKING_URI
-demo ui: unexport MLFLOW_REGISTRY_URI
-demo ui: unexport MLFLOW_RUN_ID
+here := env -u MLFLOW_TRACKING_URI -u MLFLOW_REGISTRY_URI -u MLFLOW_RUN_ID
 
 demo: $(VENV)/run data  ## from the sample images to a registered challenger, and a table of what happened
-	@dvc repro; status=$$?; braintumor summary && exit $$status
+	@$(here) dvc repro; status=$$?; braintumor summary && exit $$status
 
 data: $(VENV)/run  ## fetch the sample images and the backbone, where data/ or weights/ is absent
 	@$(call pull,data)
@@ -29,7 +27,7 @@ data: $(VENV)/run  ## fetch the sample images and the backbone, where data/ or w
 pull = test -d $(1) || { trap 'rm -rf $(1)' INT TERM; dvc pull -r sample $(1).dvc || { rm -rf $(1); exit 1; }; }
 
 ui: $(VENV)/run  ## open the registry of this folder at http://127.0.0.1:5000
-	mlflow server --backend-store-uri sqlite:///mlflow.db --artifacts-destination mlartifacts --host 127.0.0.1 --port 5000
+	$(here) mlflow server --backend-store-uri sqlite:///mlflow.db --artifacts-destination mlartifacts --host 127.0.0.1 --port 5000
 
 test: $(VENV)/dev data lint  ## lint, types, import contracts and all tests
 	pytest
