@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Advance = Callable[[], None]
+SECONDS_BETWEEN_LINES = 10.0
 Progress = Callable[[str, int], Advance]  # (what is under way, how many units) -> call once a unit
 
 
@@ -16,7 +17,7 @@ def silent(title: str, total: int) -> Advance:
 
 @contextmanager
 def shown() -> Iterator[Progress]:
-    """Progress on stderr: bars on a terminal; elsewhere one line when a bar starts and one for every tenth of it."""
+    """Progress on stderr: bars on a terminal; elsewhere a line every ten seconds and one at the end."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
@@ -38,14 +39,16 @@ def shown() -> Iterator[Progress]:
 
 
 def _plain(title: str, total: int) -> Advance:
-    started = time.monotonic()
+    started = told = time.monotonic()
     done = 0
 
     def advance() -> None:
-        nonlocal done
+        nonlocal done, told
         done += 1
-        if done == total or done * 10 // total > (done - 1) * 10 // total:
-            _print(f"{title}: {done} of {total} ({time.monotonic() - started:.0f} s)")
+        now = time.monotonic()
+        if done == total or now - told >= SECONDS_BETWEEN_LINES:
+            told = now
+            _print(f"{title}: {done} of {total} ({now - started:.0f} s)")
 
     return advance
 
