@@ -101,5 +101,5 @@ def plot_per_class(metrics: dict[str, Any], path: Path) -> None:
             bars = axis.bar(places, values, width * 0.94, label=title, color=("#0072B2", "#56B4E9", "#999999")[offset])
             axis.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=8)
         axis.set_xticks(range(len(CLASS_NAMES)), [f"{n} (n = {metrics['per_class'][n]['n']})" for n in CLASS_NAMES])
-        axis.set_ylim(0, 1.12)
-        axis.legend(frameon=False, ncols=3, loc="lower right")
+        axis.set_ylim(0, 1.05)
+        axis.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))

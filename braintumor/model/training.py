@@ -76,6 +76,8 @@ def make_reproducible(seed: int) -> None:
     keras = import_keras()
     import tensorflow as tf
 
+    # Names that Keras counts up within a process stand in the saved model.
+    keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     tf.config.experimental.enable_op_determinism()
 
