@@ -145,4 +145,12 @@ def recover_interrupted(output: Path) -> None:
 def _is_alive(leftover: Path) -> bool:
     """Whether the process in the folder's name still runs; it may be this one, in another folder's turn."""
     process = leftover.name.rpartition("-")[0].rpartition("-")[2]
-    return process.isdecimal() and Path("/proc", process).exists()
+    if not process.isdecimal():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
