@@ -106,7 +106,7 @@ def download_model(model_name: str, alias_or_version: str, target: Path) -> Path
         if version is None:
             raise UserError(
                 f"MLflow has no version {alias_or_version!r} of {model_name}; "
-                "register one, or give another version, an alias or a model file"
+                "give --alias with another alias (as 'challenger') or a number, or --model with a file"
             )
         file = _download(client, version, target)
     expected = version.tags.get(MODEL_DIGEST)
