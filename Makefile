@@ -45,7 +45,7 @@ lock: $(VENV)/dev  ## lock the newest versions that pyproject.toml allows, with 
 sample: $(VENV)/dev  ## draw the sample images anew, into build/sample
 	braintumor data sample build/sample
 
-pretrain-sample: $(VENV)/dev  ## pre-train the sample's backbone anew; an hour on two cores
+pretrain-sample: $(VENV)/dev  ## pre-train the sample's backbone anew; more than an hour on two cores
 	braintumor model pretrain-sample build/pretrain/densenet201-phantoms.weights.h5
 
 clean:  ## remove what a run leaves: outputs and the registry of this folder

@@ -4,6 +4,7 @@ An artifact is a directory. It appears whole or not at all: `replacing_directory
 renames it at the end. A step that is killed can be run again; the last good output is there then, at the latest.
 """
 
+import fcntl
 import glob
 import hashlib
 import json
@@ -11,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,18 +110,21 @@ def replacing_directory(output: Path, may_hold: frozenset[str] | None = STEP_FIL
     foreign = sorted(set(found) - may_hold) if may_hold is not None else []
     if foreign:
         raise UserError(f"{output} holds {name_some(foreign)}, which no step made; give another folder as --output")
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{os.getpid()}-", dir=output.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
     partial.chmod(0o755)
     try:
-        yield partial
-        previous = partial.with_name(partial.name.replace(".partial-", ".previous-"))
-        try:
-            if output.exists():
-                output.replace(previous)
-            partial.replace(output)
-        finally:
-            if not output.exists() and previous.exists():
-                previous.replace(output)
+        with ExitStack() as holds:
+            holds.enter_context(_held(partial))
+            yield partial
+            previous = partial.with_name(partial.name.replace(".partial-", ".previous-"))
+            try:
+                if output.exists():
+                    holds.enter_context(_held(output))
+                    output.replace(previous)
+                partial.replace(output)
+            finally:
+                if not output.exists() and previous.exists():
+                    previous.replace(output)
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -129,7 +133,7 @@ def replacing_directory(output: Path, may_hold: frozenset[str] | None = STEP_FIL
 def recover_interrupted(output: Path) -> None:
     """Put back what a killed process had moved aside, and remove what else it left."""
     name = glob.escape(output.name)
-    previous = sorted(path for path in output.parent.glob(f".{name}.previous-*") if not _is_alive(path))
+    previous = sorted(path for path in output.parent.glob(f".{name}.previous-*") if not _is_held(path))
     if not output.exists() and len(previous) > 1:
         raise UserError(
             f"{output} is missing, and several earlier versions of it stand beside it: "
@@ -137,20 +141,34 @@ def recover_interrupted(output: Path) -> None:
         )
     if not output.exists() and previous:
         previous.pop().replace(output)
-    partial = [path for path in output.parent.glob(f".{name}.partial-*") if not _is_alive(path)]
+    partial = [path for path in output.parent.glob(f".{name}.partial-*") if not _is_held(path)]
     for leftover in [*previous, *partial]:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _is_alive(leftover: Path) -> bool:
-    """Whether the process in the folder's name still runs; it may be this one, in another folder's turn."""
-    process = leftover.name.rpartition("-")[0].rpartition("-")[2]
-    if not process.isdecimal():
-        return False
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """A lock on the folder, under whatever name; the kernel drops it with the process, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
+        # Some network file systems can't lock a folder.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether somebody is still filling or moving the folder, be it in another container."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
-    return True
+    # Without locks nobody knows, except that an output is missing.
+    except OSError:
+        return ".partial-" in folder.name
+    finally:
+        os.close(descriptor)
+    return False

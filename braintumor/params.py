@@ -137,16 +137,6 @@ class RegisterParams(Section):
         return alias
 
 
-SECTIONS: dict[str, type[Section]] = {
-    "validate": ValidateParams,
-    "split": SplitParams,
-    "train": TrainParams,
-    "evaluate": EvaluateParams,
-    "gate": GateParams,
-    "register": RegisterParams,
-}
-
-
 class Params(BaseModel):
     """A whole parameters file."""
 
@@ -158,6 +148,9 @@ class Params(BaseModel):
     evaluate: EvaluateParams
     gate: GateParams
     registration: RegisterParams = Field(alias="register")
+
+
+SECTIONS = tuple(field.alias or name for name, field in Params.model_fields.items())
 
 
 def load_params(path: Path) -> Params:

@@ -1,11 +1,10 @@
 """The sample's backbone: DenseNet201 pre-trained on phantoms of seeds that the sample does not use.
 
 It knows drawn lesions on one template: good for the demo and the tests, for nothing else.
-Run by `make pretrain-sample`; an hour on two cores.
+Run by `make pretrain-sample`; more than an hour on two cores.
 """
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,25 +33,14 @@ ROUNDS = (Round(1000, 10, 0.06), Round(2000, 7, 0.04))
 PATIENTS_PER_CLASS = {"train": 1300, "test": 60}
 
 
-def pretrain_sample(
-    output: Path,
-    params: TrainParams,
-    progress: Progress,
-    rounds: Sequence[Round] = ROUNDS,
-    start: Path | None = None,
-) -> training.Epoch:
-    """`output` holds the backbone's weights, kernels in 16 bits; the epoch that was kept is returned.
+def pretrain_sample(output: Path, params: TrainParams, progress: Progress) -> training.Epoch:
+    """`output` holds the backbone's weights, kernels in 16 bits; the epoch of the last round that was kept is returned.
 
-    `start` is the model.keras of an earlier round, kept beside `output` as `output`.keras.
+    The whole model stands beside it, as .keras.
     """
     training.make_reproducible(params.seed)
     classifier = build_classifier(params)
-    if start is not None:
-        from braintumor.model.inference import load_classifier
-
-        classifier.network.set_weights(load_classifier(start).get_weights())
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for number in rounds:
+    for number in ROUNDS:
         recipe = params.model_copy(update={"epochs": number.epochs, "learning_rate": number.learning_rate})
         history = training.History(on_epoch=lambda epoch: note(f"pretrain: {epoch}"))
         with tempfile.TemporaryDirectory(prefix="phantoms-") as folder:
@@ -63,9 +51,10 @@ def pretrain_sample(
         steps = training.steps_per_epoch(len(train_images.labels), recipe) * recipe.epochs
         advance = progress(f"pretrain: phantoms of seed {number.seed}", steps)
         training.fine_tune(classifier, train_images, val_images, recipe, history, advance)
-        # After every round, so that an interrupted training can go on.
-        with_temperature(classifier.network, 1.0).save(output.with_suffix(".keras"))
-    save_backbone(output.with_suffix(".keras"), output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    model = output.with_suffix(".keras")
+    with_temperature(classifier.network, 1.0).save(model)
+    save_backbone(model, output)
     assert history.best is not None
     return history.best
 

@@ -100,13 +100,7 @@ def fit_head(
     features = keras.Input(train_features.shape[1:])
     logits = network.get_layer("logits")
     head = keras.Model(features, logits(network.get_layer("dropout")(features)))
-    head.compile(
-        keras.optimizers.Adam(params.head_learning_rate),
-        keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=params.label_smoothing),
-        weighted_metrics=[],
-        metrics=["accuracy"],
-        jit_compile=False,
-    )
+    _compile(head, keras.optimizers.Adam(params.head_learning_rate), params, xla=False)
     weights = sample_weights(train.labels, params)
     targets = np.eye(len(CLASS_NAMES), dtype=np.float32)[train.labels]
     for epoch in range(1, params.head_epochs + 1):
@@ -139,13 +133,7 @@ def fine_tune(
     steps = steps_per_epoch(len(train.labels), params)
     first = len(history.epochs)
     optimizer = make_optimizer(params, total_steps=steps * params.epochs)
-    network.compile(
-        optimizer,
-        keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=params.label_smoothing),
-        weighted_metrics=[],
-        metrics=["accuracy"],
-        jit_compile=params.xla,
-    )
+    _compile(network, optimizer, params, xla=params.xla)
 
     class Steps(keras.callbacks.Callback):  # type: ignore[name-defined]
         def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
@@ -168,6 +156,17 @@ def fine_tune(
         if params.early_stopping_epochs and waited >= params.early_stopping_epochs:
             break
     network.set_weights(history.best_weights)
+
+
+def _compile(network: "keras.Model", optimizer: Any, params: TrainParams, *, xla: bool) -> None:
+    losses = import_keras().losses
+    network.compile(
+        optimizer,
+        losses.CategoricalCrossentropy(from_logits=True, label_smoothing=params.label_smoothing),
+        weighted_metrics=[],
+        metrics=["accuracy"],
+        jit_compile=xla,
+    )
 
 
 def steps_per_epoch(n_images: int, params: TrainParams) -> int:

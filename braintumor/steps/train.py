@@ -50,13 +50,16 @@ def train(dataset: Path, splits: Path, output: Path, params: Params, progress: P
     classifier = build_classifier(params.train)
     images = {name: _load(dataset, made, name, params, progress) for name in USED_SPLITS}
     seen = made.rows[made.rows["split"].isin(USED_SPLITS)]
-    # Before the training: what happens to the folder meanwhile changes nothing of what was seen.
+    # Before the training: what happens to the files meanwhile changes nothing of what was used, and loses no model.
     seen = seen.assign(sha256=[artifacts.sha256_of_file(dataset / path) for path in seen["path"]])
+    weights_sha256 = weights_digest(params.train)
     with tracking.training_run(params, made.data_md5) as run:
         history = training.History(on_epoch=run.log_epoch)
         _fit(classifier, images, params, history, progress)
         temperature = _fit_temperature(classifier, images["calibration"])
-        summary = _save(classifier, history, temperature, made, seen, output, params, started, run.run_id)
+        summary = _save(
+            classifier, history, temperature, made, seen, weights_sha256, output, params, started, run.run_id
+        )
     tracking.publish_if_reachable(params, model=output)
     return summary
 
@@ -96,6 +99,7 @@ def _save(
     temperature: float,
     made: MadeSplit,
     seen: pd.DataFrame,
+    weights_sha256: str | None,
     output: Path,
     params: Params,
     started: float,
@@ -122,7 +126,7 @@ def _save(
                 "splits_sha256": made.sha256,
                 "params": params.train.model_dump(),
                 "git_commit": git_commit(),
-                "weights_sha256": weights_digest(params.train),
+                "weights_sha256": weights_sha256,
                 "images": seen["split"].value_counts().to_dict(),
             },
         )
