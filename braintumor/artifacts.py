@@ -18,13 +18,16 @@ from typing import Any
 
 from braintumor.errors import UserError, name_some
 
-GROUPS_FILE = "groups.csv"  # optional, in the data set's root: path,patient
+GROUPS_FILE = "groups.csv"  # optional, in the data set's root: path,patient[,origin]
 
 CONTEXT = "context.json"
+ACCEPTED = "accepted.parquet"
 
 MANIFEST = "manifest.parquet"
 LEAKAGE = "leakage.json"
 FINDINGS = "findings.json"
+DIFFERENCE = "difference.json"
+ODD_IMAGES = "odd_images.csv"
 DATA_DOCS = "data_docs"
 
 SPLITS = "splits.csv"
@@ -45,13 +48,15 @@ ROC_CURVES = "roc_curves.png"
 PER_CLASS = "per_class.png"
 
 DECISION = "decision.json"
+TEST_USES = "test_uses.json"
 
 REGISTRATION = "registration.json"
 
 # All that a step may find in its output folder, and replace.
 STEP_FILES = frozenset(
     {
-        *(CONTEXT, MANIFEST, LEAKAGE, FINDINGS, DATA_DOCS, SPLITS, DROPPED, SPLIT_SUMMARY),
+        *(CONTEXT, ACCEPTED, MANIFEST, LEAKAGE, FINDINGS, DIFFERENCE, ODD_IMAGES, DATA_DOCS),
+        *(SPLITS, DROPPED, SPLIT_SUMMARY, TEST_USES),
         *(MODEL, LABELS, HISTORY, LEARNING_CURVE, SEEN_IMAGES, TRAINING),
         *(METRICS, PREDICTIONS, CONFUSION_MATRIX, ROC_CURVES, PER_CLASS, DECISION, REGISTRATION),
         ".gitignore",  # DVC's

@@ -5,3 +5,5 @@ CLASS_NAMES = ("glioma", "meningioma", "notumor", "pituitary")
 NO_TUMOUR = "notumor"
 DECLARED_SPLITS = ("train", "test")
 SPLIT_NAMES = ("train", "val", "calibration", "test")
+# The origin, in groups.csv, of an image that shows nobody.
+PHANTOM = "phantom"

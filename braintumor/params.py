@@ -35,14 +35,19 @@ class ValidateParams(Section):
     max_side_px: Positive
     max_class_imbalance: Annotated[float, Field(ge=1, description="largest class / smallest class")]
     min_intensity_std: Annotated[float, Field(ge=0, description="below it an image counts as nearly empty, 0..255")]
+    min_intensity_mean: Annotated[float, Field(ge=0, le=255, description="below it an image is nearly black")]
+    max_intensity_mean: Annotated[float, Field(ge=0, le=255, description="above it an image is nearly white")]
     copy_correlation: Annotated[float, Field(gt=0, le=1, description="two images are copies above it")]
     max_leaked_share: Fraction
+    max_shrinkage: Annotated[float, Field(ge=0, le=1, description="of the last accepted data version, and its classes")]
+    max_statistic_drift: Annotated[float, Field(gt=0, le=1, description="Kolmogorov-Smirnov distance to that version")]
+    max_label_drift: Annotated[float, Field(gt=0, le=1, description="change of a class's share since that version")]
 
 
 class SplitParams(Section):
     """How images are divided into train, val, calibration and test."""
 
-    protocol: Literal["official", "grouped", "declared"]
+    protocol: Literal["official", "grouped", "declared", "control"]
     seed: Seed
     test_fraction: Annotated[float, Field(gt=0, lt=1, description="of all images; used by 'grouped' alone")]
     val_fraction: Annotated[float, Field(gt=0, lt=1, description="of the images that are not for testing")]
@@ -137,12 +142,20 @@ class RegisterParams(Section):
         return alias
 
 
+class PrivacyParams(Section):
+    """What of the images may be copied into Data Docs, MLflow and galleries."""
+
+    copy_images: Literal["all", "phantoms", "none"]
+    hash_names: bool
+
+
 class Params(BaseModel):
     """A whole parameters file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     validation: ValidateParams = Field(alias="validate")
+    privacy: PrivacyParams
     split: SplitParams
     train: TrainParams
     evaluate: EvaluateParams

@@ -21,8 +21,6 @@ Severity = Literal["critical", "warning"]
 
 DATA_DOCS_SITE = "data_docs"
 GREY_MODES = ("L", "RGB")
-# Outside of it a whole slice is black or burnt out, of 0..255.
-MEAN_BRIGHTNESS = (5.0, 200.0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def check_expectations(
 
 
 def _image_rules(params: ValidateParams) -> list[Rule]:
-    darkest, brightest = MEAN_BRIGHTNESS
+    darkest, brightest = params.min_intensity_mean, params.max_intensity_mean
     side: dict[str, Any] = {"minimum": params.min_side_px, "maximum": params.max_side_px}
     outside = f"{{n}} images are not {params.min_side_px} to {params.max_side_px} px"
     return [

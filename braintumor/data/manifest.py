@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from braintumor.artifacts import GROUPS_FILE, MANIFEST
 from braintumor.data.duplicates import FINGERPRINT_PX, Fingerprints, fingerprint, group_copies
 from braintumor.errors import UserError, name_some
-from braintumor.labels import CLASS_NAMES, DECLARED_SPLITS
+from braintumor.labels import CLASS_NAMES, DECLARED_SPLITS, PHANTOM
 from braintumor.model.images import IMAGE_SUFFIXES, UnreadableImage, open_image, to_grey
 
 MADE_BY = "braintumor validate"
@@ -40,6 +40,7 @@ SCHEMA = pa.schema(
         pa.field("label", pa.string(), nullable=False),
         pa.field("declared_split", pa.string(), nullable=False),
         pa.field("patient", pa.string()),
+        pa.field("is_phantom", pa.bool_(), nullable=False),
         pa.field("duplicate_group", pa.string(), nullable=False),
         pa.field("size_bytes", pa.int64(), nullable=False),
         pa.field("md5", pa.string(), nullable=False),
@@ -111,11 +112,12 @@ def survey(
     and the reason in `error`. Raises UserError for a missing folder, files that can't be opened and a wrong groups.csv.
     """
     contents = contents or list_contents(dataset)
-    patients = _read_patients(dataset, contents.images)
+    known_of = _read_groups(dataset, contents.images)
     records: list[dict[str, Any]] = []
     fingerprints = np.zeros((len(contents.images), FINGERPRINT_PX, FINGERPRINT_PX), np.float16)
     for index, (record, its_fingerprint) in enumerate(_examine_all(dataset, contents.images, workers)):
-        records.append(record | {"patient": patients.get(record["path"])})
+        known = known_of.get(record["path"], Known(None, is_phantom=False))
+        records.append(record | {"patient": known.patient, "is_phantom": known.is_phantom})
         fingerprints[index] = its_fingerprint
         on_image()
     groups = group_copies(
@@ -126,9 +128,9 @@ def survey(
     )
     for record, group in zip(records, groups, strict=True):
         record["duplicate_group"] = group
-    known = {record["path"]: record["md5"] for record in records}
-    others = [path for path in contents.versioned if path not in known]
-    return Survey(_frame(records), contents, version_md5(known | file_md5s(dataset, others)))
+    md5s = {record["path"]: record["md5"] for record in records}
+    others = [path for path in contents.versioned if path not in md5s]
+    return Survey(_frame(records), contents, version_md5(md5s | file_md5s(dataset, others)))
 
 
 def dataset_md5(dataset: Path) -> str:
@@ -228,8 +230,16 @@ def _stands_in_a_class(path: str) -> bool:
     return len(parts) == 3 and parts[0] in DECLARED_SPLITS and parts[1] in CLASS_NAMES
 
 
-def _read_patients(dataset: Path, images: Sequence[str]) -> dict[str, str]:
-    """The patient of each image that groups.csv names; images it leaves out are of unknown patients."""
+@dataclass(frozen=True)
+class Known:
+    """What groups.csv says of an image."""
+
+    patient: str | None
+    is_phantom: bool
+
+
+def _read_groups(dataset: Path, images: Sequence[str]) -> dict[str, Known]:
+    """What groups.csv says of each image that it names; images it leaves out are real, and of unknown patients."""
     file = dataset / GROUPS_FILE
     if not file.is_file():
         return {}
@@ -248,8 +258,13 @@ def _read_patients(dataset: Path, images: Sequence[str]) -> dict[str, str]:
     named_twice = sorted(set(rows.loc[rows["path"].duplicated(), "path"]))
     if named_twice:
         raise UserError(f"{file} names images twice: {name_some(named_twice)}; keep one row an image")
-    patients = zip(rows["path"], rows["patient"].str.strip(), strict=True)
-    return {path: patient for path, patient in patients if patient}
+    origins = rows["origin"].str.strip() if "origin" in rows.columns else pd.Series("", index=rows.index)
+    if strange := sorted(set(origins) - {"", PHANTOM}):
+        raise UserError(f"{file} names the origin {name_some(strange)}; leave it empty, or write '{PHANTOM}'")
+    return {
+        path: Known(patient or None, is_phantom=origin == PHANTOM)
+        for path, patient, origin in zip(rows["path"], rows["patient"].str.strip(), origins, strict=True)
+    }
 
 
 def _examine_all(dataset: Path, paths: Sequence[str], workers: int) -> Iterator[tuple[dict[str, Any], Fingerprints]]:

@@ -28,7 +28,7 @@ import numpy as np
 
 from braintumor.artifacts import GROUPS_FILE, replacing_directory
 from braintumor.errors import UserError
-from braintumor.labels import CLASS_NAMES, NO_TUMOUR
+from braintumor.labels import CLASS_NAMES, NO_TUMOUR, PHANTOM
 from braintumor.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -589,9 +589,9 @@ def draw_sample(
     """A data set of phantoms stands at `output`, whole, or nothing does.
 
     `patients_per_class` maps each split to its number of patients in every class; no patient is in two splits. The
-    files are `SPLIT/CLASS/CLASS-p00123-s2.jpg` (grey JPEG) and `groups.csv` (path below `output`, patient). With masks,
-    a folder `OUTPUT-masks` of the same layout stands beside it (PNG, 255 in the lesion). `processes` defaults to the
-    number of cores, which import the caller's main module again.
+    files are `SPLIT/CLASS/CLASS-p00123-s2.jpg` (grey JPEG) and `groups.csv` (path below `output`, patient, origin).
+    With masks, a folder `OUTPUT-masks` of the same layout stands beside it (PNG, 255 in the lesion). `processes`
+    defaults to the number of cores, which import the caller's main module again.
 
     Raises UserError where `output`, or the masks' folder, holds anything already.
     """
@@ -600,7 +600,7 @@ def draw_sample(
     for folder in filter(None, (output, masks)):
         refuse_occupied(folder)
     orders = list(number_patients(patients_per_class, seed, size_px))
-    rows: list[tuple[str, str]] = []
+    rows: list[tuple[str, str, str]] = []
     images_per_class: Counter[str] = Counter()
     with ExitStack() as stack:
         images_folder = stack.enter_context(replacing_directory(output, may_hold=None))
@@ -612,7 +612,7 @@ def draw_sample(
                 save_image(phantom.image, images_folder / path)
                 if masks_folder:
                     save_image(phantom.lesion * np.uint8(255), (masks_folder / path).with_suffix(".png"))
-                rows.append((path, f"p{phantom.patient:05d}"))
+                rows.append((path, f"p{phantom.patient:05d}", PHANTOM))
                 images_per_class[phantom.label] += 1
             advance()
         write_groups(rows, images_folder)
@@ -676,9 +676,9 @@ def save_image(pixels: NDArray[np.uint8], path: Path) -> None:
     Image.fromarray(pixels).save(path, quality=JPEG_QUALITY, optimize=True)
 
 
-def write_groups(rows: Iterable[tuple[str, str]], folder: Path) -> None:
-    """`groups.csv` lists which images show the same patient."""
+def write_groups(rows: Iterable[tuple[str, str, str]], folder: Path) -> None:
+    """`groups.csv` lists which images show the same patient, and that none of them exists."""
     with (folder / GROUPS_FILE).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("path", "patient"))
+        writer.writerow(("path", "patient", "origin"))
         writer.writerows(sorted(rows))

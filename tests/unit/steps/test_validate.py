@@ -22,6 +22,11 @@ PARAMS = ValidateParams(
     min_intensity_std=8.0,
     copy_correlation=0.9,
     max_leaked_share=0.05,
+    min_intensity_mean=5.0,
+    max_intensity_mean=200.0,
+    max_shrinkage=0.01,
+    max_statistic_drift=0.2,
+    max_label_drift=0.05,
 )
 
 
