@@ -1,9 +1,11 @@
 """The names of all files that travel between steps, how they are written, and their digests.
 
-An artifact is a directory. It appears whole or not at all: `replacing_directory` fills a hidden sibling and
-renames it at the end. A step that is killed can be run again; the last good output is there then, at the latest.
+An artifact is a directory. It appears whole or not at all: `replacing_directory` fills a hidden sibling, and the two
+change places at the end. Where the file system can't do that in one step, the last good output of a killed step is
+there again when the step is, at the latest.
 """
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -27,12 +29,14 @@ MANIFEST = "manifest.parquet"
 LEAKAGE = "leakage.json"
 FINDINGS = "findings.json"
 DIFFERENCE = "difference.json"
+PROFILE = "profile.parquet"  # of the manifest: what of it may leave the data set
 ODD_IMAGES = "odd_images.csv"
 DATA_DOCS = "data_docs"
 
 SPLITS = "splits.csv"
 DROPPED = "dropped.csv"
 SPLIT_SUMMARY = "split.json"
+JOINED_GROUPS = "joined_groups.json"
 
 MODEL = "model.keras"
 LABELS = "labels.json"
@@ -55,13 +59,16 @@ REGISTRATION = "registration.json"
 # All that a step may find in its output folder, and replace.
 STEP_FILES = frozenset(
     {
-        *(CONTEXT, ACCEPTED, MANIFEST, LEAKAGE, FINDINGS, DIFFERENCE, ODD_IMAGES, DATA_DOCS),
-        *(SPLITS, DROPPED, SPLIT_SUMMARY, TEST_USES),
+        *(CONTEXT, ACCEPTED, MANIFEST, LEAKAGE, FINDINGS, DIFFERENCE, PROFILE, ODD_IMAGES, DATA_DOCS),
+        *(SPLITS, DROPPED, SPLIT_SUMMARY, JOINED_GROUPS, TEST_USES),
         *(MODEL, LABELS, HISTORY, LEARNING_CURVE, SEEN_IMAGES, TRAINING),
         *(METRICS, PREDICTIONS, CONFUSION_MATRIX, ROC_CURVES, PER_CLASS, DECISION, REGISTRATION),
         ".gitignore",  # DVC's
     }
 )
+
+# What the kernel says of a full disk, a quota that is used up and a file that may grow no more.
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def sha256_of_file(path: Path) -> str:
@@ -103,8 +110,8 @@ def write_text(path: Path, text: str) -> None:
 def replacing_directory(output: Path, may_hold: frozenset[str] | None = STEP_FILES) -> Iterator[Path]:
     """A folder to fill; at the end it replaces `output`, after an error it is removed and `output` is as before.
 
-    Raises UserError if `output` holds anything but `may_hold` (None: whatever it holds): a mistyped folder is not ours
-    to delete. What a killed process left beside `output` is put back or removed first.
+    Raises UserError on a full disk, and if `output` holds anything but `may_hold` (None: whatever it holds): a mistyped
+    folder is not ours to delete. What a killed process left beside `output` is put back or removed first.
     """
     output = output.absolute()
     if output.is_file():
@@ -122,17 +129,51 @@ def replacing_directory(output: Path, may_hold: frozenset[str] | None = STEP_FIL
             holds.enter_context(_held(partial))
             yield partial
             previous = partial.with_name(partial.name.replace(".partial-", ".previous-"))
-            try:
-                if output.exists():
-                    holds.enter_context(_held(output))
-                    output.replace(previous)
-                partial.replace(output)
-            finally:
-                if not output.exists() and previous.exists():
-                    previous.replace(output)
+            if output.exists():
+                holds.enter_context(_held(output))
+            if not output.exists() or not _exchange(partial, output):
+                try:
+                    if output.exists():
+                        output.replace(previous)
+                    partial.replace(output)
+                finally:
+                    if not output.exists() and previous.exists():
+                        previous.replace(output)
         shutil.rmtree(previous, ignore_errors=True)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise UserError(
+            f"{output} could not be written ({os.strerror(error.errno)}) and is as before; make room and try again"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def scratch_directory(output: Path) -> Iterator[Path]:
+    """A hidden folder beside `output`, removed at the end; after a kill it goes when `output` is next replaced."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    try:
+        with _held(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Whether the two folders have changed places, in one step; not every platform and file system can."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    paths = os.fsencode(first), os.fsencode(second)
+    if hasattr(libc, "renameat2"):  # Linux; see rename(2)
+        here, exchange = -100, 2
+        return bool(libc.renameat2(here, paths[0], here, paths[1], exchange) == 0)
+    if hasattr(libc, "renamex_np"):  # macOS
+        swap = 2
+        return bool(libc.renamex_np(*paths, swap) == 0)
+    return False
 
 
 def recover_interrupted(output: Path) -> None:

@@ -1,8 +1,7 @@
 import fcntl
 import os
 import stat
-import subprocess
-import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from braintumor.data import intake
 from braintumor.data.intake import import_dataset
+from braintumor.data.layout import HIDDEN, NOT_IMAGES, OUTSIDE
+from braintumor.data.manifest import dataset_md5
 from braintumor.errors import UserError
 
 KAGGLE = (
@@ -63,10 +63,10 @@ def test_a_kaggle_layout_becomes_ours_byte_for_byte(tmp_path: Path, is_zip: bool
     assert (tmp_path / "data/train/notumor/Tr-no_1.JPG").read_bytes().endswith(b"Training/No_Tumor/Tr-no_1.JPG")
     assert ticks == [6] * 6
     assert summary.n_images == 6
-    assert summary.images_per_class["test"] == {"glioma": 1, "meningioma": 0, "notumor": 1, "pituitary": 0}
-    assert (summary.skipped[intake.HIDDEN], summary.skipped[intake.NOT_IMAGES]) == (1, 1)
+    assert summary.after["test"] == {"glioma": 1, "meningioma": 0, "notumor": 1, "pituitary": 0}
+    assert (summary.skipped[HIDDEN], summary.skipped[NOT_IMAGES]) == (1, 1)
     assert not summary.is_flat
-    assert not summary.missing_classes
+    assert "no images of" not in str(summary)
     assert not list(tmp_path.glob(".data.*"))
 
 
@@ -83,16 +83,17 @@ def test_plain_class_folders_all_go_to_train_and_the_summary_says_so(tmp_path: P
     summary = import_dataset(source, tmp_path / "data")
     assert files(tmp_path / "data") == ["train/glioma/1.jpg", "train/notumor/2.jpg", "train/pituitary/3.jpg"]
     assert summary.is_flat
-    assert summary.missing_classes == ["meningioma"]
+    assert summary.before["train"] == dict.fromkeys(("glioma", "meningioma", "notumor", "pituitary"), 0)
     assert "no test folder" in str(summary)
-    assert "no images of meningioma" in str(summary)
+    assert "no images of meningioma" in summary.notes
+    assert "a single image of glioma, notumor, pituitary" in summary.notes
 
 
 def test_our_own_layout_is_understood_and_hidden_files_stay_behind(tmp_path: Path) -> None:
     source = fill(tmp_path / "source", *IMPORTED, "train/glioma/.hidden.jpg", ".git/x.jpg", "stray.jpg")
     summary = import_dataset(source, tmp_path / "data")
     assert files(tmp_path / "data") == IMPORTED
-    assert (summary.skipped[intake.HIDDEN], summary.skipped[intake.OUTSIDE]) == (2, 1)
+    assert (summary.skipped[HIDDEN], summary.skipped[OUTSIDE]) == (2, 1)
 
 
 def test_two_files_of_one_name_get_distinct_names_and_always_the_same(tmp_path: Path) -> None:
@@ -233,8 +234,37 @@ def test_source_and_target_may_not_lie_in_one_another(tmp_path: Path) -> None:
 
 def test_an_earlier_data_set_is_replaced_as_a_whole(tmp_path: Path) -> None:
     fill(tmp_path / "data", "train/glioma/old.jpg", "groups.csv", ".DS_Store")
-    import_dataset(fill(tmp_path / "source", *KAGGLE), tmp_path / "data")
+    summary = import_dataset(fill(tmp_path / "source", *KAGGLE), tmp_path / "data", discard=True)
     assert files(tmp_path / "data") == IMPORTED
+    assert summary.before["train"]["glioma"] == 1
+
+
+def test_images_that_dvc_does_not_hold_are_not_replaced_unless_somebody_says_so(tmp_path: Path) -> None:
+    source = fill(tmp_path / "source", *KAGGLE)
+    data = fill(tmp_path / "data", "train/glioma/old.jpg")
+    for pointer in (None, "outs:\n- md5: 0123456789abcdef0123456789abcdef.dir\n  path: data\n", "outs: []\n", "{"):
+        if pointer is not None:
+            (tmp_path / "data.dvc").write_text(pointer)
+        with pytest.raises(UserError, match="run 'dvc add data' first, or give --discard"):
+            import_dataset(source, data)
+        assert files(data) == ["train/glioma/old.jpg"]
+    (tmp_path / "data.dvc").write_text(f"outs:\n- md5: {dataset_md5(data)}.dir\n  path: data\n")
+    import_dataset(source, data)
+    assert files(data) == IMPORTED
+
+
+def test_a_dry_run_tells_the_same_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("temporary", "work"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    source = zipped(fill(tmp_path / "source", *KAGGLE, "Training/no/Tr-no_1.JPG"), tmp_path / "archive.zip")
+    before = files(tmp_path)
+    planned = import_dataset(source, tmp_path / "work/deep/data", dry_run=True)
+    assert files(tmp_path) == before
+    assert not list((tmp_path / "temporary").iterdir())
+    assert not list((tmp_path / "work").iterdir())
+    assert str(import_dataset(source, tmp_path / "work/deep/data")) == str(planned)
+    assert planned.renamed == {"Training/no/Tr-no_1.JPG": "train/notumor/Tr-no_1-2.JPG"}
 
 
 def test_a_target_moved_aside_by_a_killed_import_comes_back(tmp_path: Path) -> None:
@@ -255,41 +285,11 @@ def test_several_targets_moved_aside_are_named_rather_than_chosen_from(tmp_path:
     assert len(list(tmp_path.glob(".data.previous-*"))) == 2
 
 
-def test_an_import_killed_at_any_rename_loses_neither_data_set(tmp_path: Path) -> None:
-    source = fill(tmp_path / "source", *KAGGLE)
-    program = """
-import os, sys
-from pathlib import Path
-from braintumor.data.intake import import_dataset
-survives = int(sys.argv[3])
-real = os.replace
-def dying(*paths):
-    global survives
-    if survives == 0:
-        os._exit(9)
-    survives -= 1
-    real(*paths)
-os.replace = dying
-import_dataset(Path(sys.argv[1]), Path(sys.argv[2]))
-"""
-    for survives in (0, 1):
-        target = tmp_path / f"data{survives}"
-        fill(target, "train/glioma/old.jpg")
-        killed = subprocess.run([sys.executable, "-c", program, str(source), str(target), str(survives)], check=False)
-        assert killed.returncode == 9
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(UserError):
-            import_dataset(tmp_path / "empty", target)
-        assert files(target) == ["train/glioma/old.jpg"]
-        import_dataset(source, target)
-        assert files(target) == IMPORTED
-
-
 def test_a_second_import_beside_a_running_one_is_refused(tmp_path: Path) -> None:
     source = fill(tmp_path / "source", *KAGGLE)
     folder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another import"):
+    with pytest.raises(UserError, match="another command is changing"):
         import_dataset(source, tmp_path / "data")
     os.close(folder)
     import_dataset(source, tmp_path / "data")
