@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import multiprocessing
 import os
 from collections import Counter
@@ -673,7 +674,12 @@ def save_image(pixels: NDArray[np.uint8], path: Path) -> None:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, quality=JPEG_QUALITY, optimize=True)
+    content = io.BytesIO()
+    # Pillow finds the format in the name.
+    content.name = path.name
+    Image.fromarray(pixels).save(content, quality=JPEG_QUALITY, optimize=True)
+    # Not by Pillow: it takes what a full disk holds of a JPEG for the whole.
+    path.write_bytes(content.getvalue())
 
 
 def write_groups(rows: Iterable[tuple[str, str, str]], folder: Path) -> None:
