@@ -25,6 +25,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class OddImages(Section):
+    """Above which numbers of the manifest an image is odd, and listed for annotators."""
+
+    max_coloured_share: Annotated[float, Field(ge=0, le=1, description="of the pixels: tinted, or a website around it")]
+    max_coloured_line: Annotated[float, Field(ge=0, le=1, description="of a row or column near the edge: a banner")]
+    max_white_line: Annotated[float, Field(ge=0, le=1, description="of a row or column near the edge: a white frame")]
+    max_mark_length: Annotated[float, Field(ge=0, description="of strokes that look drawn, / the longer side: arrows")]
+    max_sharpness: Annotated[float, Field(gt=0, description="Laplacian over deviation: an edge filter")]
+
+
 class ValidateParams(Section):
     """Thresholds of the data validation."""
 
@@ -42,6 +52,7 @@ class ValidateParams(Section):
     max_shrinkage: Annotated[float, Field(ge=0, le=1, description="of the last accepted data version, and its classes")]
     max_statistic_drift: Annotated[float, Field(gt=0, le=1, description="Kolmogorov-Smirnov distance to that version")]
     max_label_drift: Annotated[float, Field(gt=0, le=1, description="change of a class's share since that version")]
+    odd_images: OddImages
 
 
 class SplitParams(Section):

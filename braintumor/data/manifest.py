@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from braintumor.artifacts import GROUPS_FILE, MANIFEST
 from braintumor.data.duplicates import FINGERPRINT_PX, Fingerprints, fingerprint, group_copies
+from braintumor.data.oddities import measure_oddities
 from braintumor.errors import UserError, name_some
 from braintumor.labels import CLASS_NAMES, DECLARED_SPLITS, PHANTOM
 from braintumor.model.images import IMAGE_SUFFIXES, UnreadableImage, open_image, to_grey
@@ -57,6 +58,11 @@ SCHEMA = pa.schema(
         pa.field("p50", pa.float64()),
         pa.field("p99", pa.float64()),
         pa.field("border_mean", pa.float64()),  # of the outermost 5 % on each side
+        pa.field("coloured_share", pa.float64()),  # of the pixels: channels more than 8 apart
+        pa.field("coloured_line", pa.float64()),  # the same share of the most coloured row or column in the outer 10 %
+        pa.field("white_line", pa.float64()),  # likewise, of pixels of 200 and above
+        pa.field("sharpness", pa.float64()),  # root mean square of the Laplacian / std, as at 224 px; white noise: 4.47
+        pa.field("mark_length", pa.float64()),  # of bright strokes that look drawn, / the longer side
     ]
 )
 
@@ -288,16 +294,16 @@ def _examine(dataset: Path, path: str) -> tuple[dict[str, Any], Fingerprints]:
     file = dataset / path
     declared_split, label, _ = PurePosixPath(path).parts
     try:
-        content = file.read_bytes()
+        size_bytes, md5, sha256 = _digests(file)
     except OSError as error:
         raise _unopened(file, error) from error
     record: dict[str, Any] = {
         "path": path,
         "label": label,
         "declared_split": declared_split,
-        "size_bytes": len(content),
-        "md5": hashlib.md5(content, usedforsecurity=False).hexdigest(),
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "size_bytes": size_bytes,
+        "md5": md5,
+        "sha256": sha256,
         "is_readable": True,
     }
     no_texture = np.zeros((FINGERPRINT_PX, FINGERPRINT_PX), np.float16)
@@ -308,7 +314,18 @@ def _examine(dataset: Path, path: str) -> tuple[dict[str, Any], Fingerprints]:
         # The same data set gives the same manifest, wherever it lies.
         return record | {"is_readable": False, "error": str(error).replace(str(file), path)}, no_texture
     size = {"width": image.width, "height": image.height, "mode": image.mode}
-    return record | size | _statistics(grey), fingerprint(grey)
+    statistics = _statistics(grey)
+    return record | size | statistics | measure_oddities(image, grey, statistics["std"]), fingerprint(grey)
+
+
+def _digests(file: Path) -> tuple[int, str, str]:
+    """Size, md5 and SHA-256, read block by block: what is named like an image may be larger than the memory."""
+    md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            md5.update(block)
+            sha256.update(block)
+        return content.tell(), md5.hexdigest(), sha256.hexdigest()
 
 
 def _statistics(grey: NDArray[np.uint8]) -> dict[str, Any]:

@@ -52,6 +52,8 @@ def test_a_row_holds_what_the_file_is(dataset: Path) -> None:
     assert row["mean"] == pytest.approx(grey.mean())
     assert row["std"] == pytest.approx(grey.std())
     assert (row["p01"], row["p50"], row["p99"], row["border_mean"]) == (100, 100, 200, 100)
+    assert (row["coloured_share"], row["coloured_line"], row["white_line"], row["mark_length"]) == (0, 0, 0, 0)
+    assert 0 < row["sharpness"] < 1
     assert row["is_readable"]
 
 
@@ -88,7 +90,7 @@ def test_a_file_that_can_not_be_decoded_keeps_its_row_with_the_reason(
     assert not row["is_readable"]
     assert row["error"].startswith(f"train/glioma/bad.jpg {reason}")
     assert str(dataset) not in row["error"]
-    assert pd.isna(row["width"])
+    assert row["width":].isna().all()
     assert row["sha256"] == hashlib.sha256(content).hexdigest()
 
 
