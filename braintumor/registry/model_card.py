@@ -15,17 +15,20 @@ FIGURES = {
     "macro_auroc": "AUROC, mean of the classes",
     "tumour_auroc": "AUROC, tumour against none",
     "nearest_neighbour_accuracy": "Accuracy of a pixel 1-nearest-neighbour (the floor)",
+    "statistics_accuracy": "Accuracy of brightness, contrast and border alone (the shortcut)",
 }
 CLASS_FIGURES = ("recall", "specificity", "precision", "f1", "auroc")
 
 
-def write_card(metrics: Mapping[str, Any], decision: Decision, training: Mapping[str, Any]) -> str:
-    """The model card, Markdown."""
+def write_card(
+    metrics: Mapping[str, Any], decision: Decision, training: Mapping[str, Any], earlier_decisions: int
+) -> str:
+    """The model card, Markdown; `earlier_decisions` is how many other models were judged on the same test images."""
     return "\n\n".join(
         [
             "Sorts MRI slices of the brain into glioma, meningioma, no tumour and pituitary tumour (DenseNet201). "
             "**A research tool, not a diagnostic device.**",
-            _provenance(metrics, training),
+            _provenance(metrics, training, earlier_decisions),
             f"### On {metrics['n_test']} test images{_of_groups(metrics)}\n\n{_figures(metrics)}",
             f"### Classes\n\n{_classes(metrics)}",
             f"### Gate\n\n{_checks(decision)}",
@@ -33,7 +36,7 @@ def write_card(metrics: Mapping[str, Any], decision: Decision, training: Mapping
     )
 
 
-def version_tags(metrics: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, str]:
+def version_tags(metrics: Mapping[str, Any], training: Mapping[str, Any], earlier_decisions: int) -> dict[str, str]:
     """The tags of a version that passed the gate: the figures with four digits, and where it comes from."""
     figures = ("accuracy", "balanced_accuracy", "macro_f1", "tumour_sensitivity", "nearest_neighbour_accuracy")
     low, high = metrics["accuracy_interval"]
@@ -41,18 +44,21 @@ def version_tags(metrics: Mapping[str, Any], training: Mapping[str, Any]) -> dic
         **{name: f"{metrics[name]:.4f}" for name in figures},
         "accuracy_interval": f"{low:.4f} to {high:.4f}",
         **{name: str(metrics[name]) for name in ("protocol", "claim", "data_md5", "model_digest", "splits_sha256")},
+        "test_md5": str(metrics["test_md5"]),
+        "earlier_decisions_on_this_test": str(earlier_decisions),
         "git_commit": str(training.get("git_commit") or "unknown"),
         "gate": "passed",
     }
 
 
-def _provenance(metrics: Mapping[str, Any], training: Mapping[str, Any]) -> str:
+def _provenance(metrics: Mapping[str, Any], training: Mapping[str, Any], earlier_decisions: int) -> str:
     rows = {
         "Data version": f"`{metrics['data_md5']}`",
         "Code": f"`{training.get('git_commit') or 'unknown'}`",
         "Protocol": f"{metrics['protocol']} (claim: {metrics['claim']})",
         "Test images with a copy on the training side of this split": _percent(metrics["leaked_share"]),
         "Declared test images with a copy in the declared training folder": _percent(metrics["declared_leaked_share"]),
+        "Other models judged on these test images before": _uses(earlier_decisions),
     }
     return "\n".join(f"- {name}: {value}" for name, value in rows.items())
 
@@ -87,6 +93,12 @@ def _checks(decision: Decision) -> str:
         verdict = "passed" if check.passed else "not passed" if check.required else "warning"
         lines.append(f"| {check.name} | {verdict} | {check.reason} |")
     return "\n".join(lines)
+
+
+def _uses(earlier_decisions: int) -> str:
+    if not earlier_decisions:
+        return "none that this registry knows"
+    return f"{earlier_decisions}; each one makes this figure a little more optimistic"
 
 
 def _percent(share: float | None) -> str:

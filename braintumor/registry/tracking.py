@@ -4,9 +4,11 @@ What MLflow missed while it was down is in the files; `publish` logs whatever th
 """
 
 import getpass
+import hashlib
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ import pandas as pd
 
 from braintumor import artifacts
 from braintumor.artifacts import read_json, sha256_of_file
+from braintumor.data.profile import load_profile
 from braintumor.errors import UserError
 from braintumor.params import Params
 from braintumor.progress import warn
@@ -31,8 +34,14 @@ if TYPE_CHECKING:
 # Marks a run that this package opened, and may end.
 OPENED_BY = "opened_by"
 LINKED_FROM = "linked_from"
+NOTE = "mlflow.note.content"
 MODEL_DIGEST = "model_digest"
 OUTCOME = "outcome"
+
+# The folder of a run's artifacts that holds what the validation left.
+DATA_ARTIFACTS = "data"
+DATA_DOCS_PAGE = f"{DATA_ARTIFACTS}/{artifacts.DATA_DOCS}/index.html"
+PROFILE_SHA256 = "profile_sha256"
 
 GATE_PASSED = "gate passed"
 GATE_NOT_PASSED = "gate not passed"
@@ -100,11 +109,18 @@ def training_run(params: Params, data_md5: str) -> Iterator[LiveRun]:
         raise
 
 
-def publish(params: Params, model: Path, evaluation: Path | None = None, decision: Path | None = None) -> str:
+def publish(
+    params: Params,
+    model: Path,
+    evaluation: Path | None = None,
+    decision: Path | None = None,
+    validation: Path | None = None,
+) -> str:
     """All that these folders hold stands in the model's run, whose id is returned; what is there already stays.
 
-    The run is the one in training.json if this server knows it, else one that carries the model's digest, else a new
-    one, linked to the old id. Raises RegistryUnreachable, and UserError for an evaluation or decision of another model.
+    Of a validation that is the profile and the Data Docs. The run is the one in training.json if this server knows it,
+    else one that carries the model's digest, else a new one, linked to the old id. Raises RegistryUnreachable, and
+    UserError for an evaluation or decision of another model and for a validation of other data than it was trained on.
     """
     training = _read_training(model)
     digest = str(training["model_digest"])
@@ -115,6 +131,8 @@ def publish(params: Params, model: Path, evaluation: Path | None = None, decisio
             _publish_evaluation(client, run_id, evaluation, digest)
         if decision is not None:
             _publish_decision(client, run_id, decision, digest)
+        if validation is not None:
+            _publish_validation(client, run_id, validation, str(training["data_md5"]))
     return run_id
 
 
@@ -130,8 +148,11 @@ def publish_if_reachable(
         return None
 
 
-def publish_decision_if_reachable(decision: Path) -> str | None:
-    """The gate's verdict stands in the run of the model that it judged, if there is one; failure is a warning."""
+def publish_decision_if_reachable(decision: Path, validation: Path | None = None) -> str | None:
+    """The gate's verdict, and the Data Docs, stand in the run of the model that was judged; failure is a warning.
+
+    Without such a run nothing is published.
+    """
     try:
         if holds_nothing_yet():
             return None
@@ -140,10 +161,35 @@ def publish_decision_if_reachable(decision: Path) -> str | None:
             run_id = _find_run(client, digest, None)
             if run_id is not None:
                 _publish_decision(client, run_id, decision, digest)
+            if run_id is not None and validation is not None:
+                _publish_validation(client, run_id, validation, client.get_run(run_id).data.tags.get("data_md5"))
             return run_id
     except UserError as error:
         warn(f"{error}. The decision is kept; run the gate again to show it in MLflow")
         return None
+
+
+def published_profile(client: "MlflowClient", run_id: str, data_md5: str) -> pd.DataFrame | None:
+    """The profile of the data `data_md5` that the run keeps; None for a run where no validation was published.
+
+    Raises UserError if what the store holds is not what was published, or is of other data.
+    """
+    run = _get_run(client, run_id)
+    expected = run.data.tags.get(PROFILE_SHA256) if run else None
+    if expected is None:
+        return None
+    path = f"{DATA_ARTIFACTS}/{artifacts.PROFILE}"
+    remedy = f"restore {path} in MLflow's run {run_id}, or register the model of data {data_md5} again"
+    if path not in {file.path for file in client.list_artifacts(run_id, DATA_ARTIFACTS)}:
+        raise UserError(f"the profile of the data {data_md5} is gone; {remedy}")
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(client.download_artifacts(run_id, path, scratch))
+        if sha256_of_file(file) != expected:
+            raise UserError(f"the profile of the data {data_md5} is not the one that was published; {remedy}")
+        profile, found = load_profile(file)
+    if found != data_md5:
+        raise UserError(f"the profile that should be of the data {data_md5} is of {found}; {remedy}")
+    return profile
 
 
 def record_registration(run_id: str, model_name: str, version: str) -> None:
@@ -292,7 +338,7 @@ def _publish_evaluation(client: "MlflowClient", run_id: str, evaluation: Path, d
     if _is_published(client, run_id, "evaluation", sha256):
         return
     _log_changed(client, client.get_run(run_id), test_figures(metrics))
-    _tag(client, run_id, {name: str(metrics[name]) for name in ("protocol", "claim") if metrics.get(name)})
+    _tag(client, run_id, {name: str(metrics[name]) for name in ("protocol", "claim", "test_md5") if metrics.get(name)})
     # predictions.csv stays here: its file names may tell who the patients are.
     for path in [file, *sorted(evaluation.glob("*.png"))]:
         client.log_artifact(run_id, str(path), "evaluation")
@@ -315,6 +361,50 @@ def _publish_decision(client: "MlflowClient", run_id: str, decision: Path, diges
     outcome = GATE_PASSED if has_passed else GATE_NOT_PASSED
     _tag(client, run_id, {**reasons, "gate": verdict, f"{OUTCOME}.gate": verdict, OUTCOME: outcome})
     _mark_published(client, run_id, "gate", sha256)
+
+
+def _publish_validation(client: "MlflowClient", run_id: str, validation: Path, data_md5: str | None) -> None:
+    file, docs = validation / artifacts.PROFILE, validation / artifacts.DATA_DOCS
+    _, found = load_profile(file)
+    if found != data_md5:
+        raise UserError(
+            f"{file} is of data {found}, the model was trained on {data_md5}; run 'braintumor validate' again"
+        )
+    if not (docs / "index.html").is_file():
+        raise UserError(f"{docs / 'index.html'} is missing; run 'braintumor validate' again")
+    findings = read_json(validation / artifacts.FINDINGS, "braintumor validate").get("findings", [])
+    pages = sorted(path for path in docs.rglob("*") if path.is_file())
+    digest = _digest_of_files(validation, [file, *pages])
+    if _is_published(client, run_id, "validation", digest):
+        return
+    run = client.get_run(run_id)
+    # Pages and pictures that privacy forbids by now may be among the earlier ones.
+    _delete_artifacts(client, run, DATA_ARTIFACTS)
+    client.log_artifact(run_id, str(file), DATA_ARTIFACTS)
+    client.log_artifacts(run_id, str(docs), f"{DATA_ARTIFACTS}/{artifacts.DATA_DOCS}")
+    place = f"#/experiments/{run.info.experiment_id}/runs/{run_id}/artifacts/{DATA_DOCS_PAGE}"
+    tags = {
+        PROFILE_SHA256: sha256_of_file(file),
+        artifacts.DATA_DOCS: DATA_DOCS_PAGE,
+        f"{OUTCOME}.validate": f"{len(findings)} warnings",
+    }
+    if not run.data.tags.get(NOTE):
+        tags[NOTE] = f"[Data Docs of the images]({place})"
+    _tag(client, run_id, tags)
+    _mark_published(client, run_id, "validation", digest)
+
+
+def _delete_artifacts(client: "MlflowClient", run: "Run", folder: str) -> None:
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    if client.list_artifacts(run.info.run_id, folder):
+        repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=os.environ["MLFLOW_TRACKING_URI"])
+        repository.delete_artifacts(folder)
+
+
+def _digest_of_files(root: Path, files: Iterable[Path]) -> str:
+    digests = {file.relative_to(root).as_posix(): sha256_of_file(file) for file in files}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def test_figures(metrics: Mapping[str, Any]) -> dict[str, float]:

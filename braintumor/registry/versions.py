@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braintumor import artifacts
+from braintumor.data.profile import Accepted
 from braintumor.errors import UserError
 from braintumor.model.saved import model_digest
 from braintumor.registry.server import connected, error_code, holds_nothing_yet
+from braintumor.registry.tracking import published_profile
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,6 +62,33 @@ def champion(model_name: str) -> dict[str, str | None] | None:
         "model_digest": found.tags.get(MODEL_DIGEST),
         "data_md5": found.tags.get("data_md5"),
     }
+
+
+def last_accepted(model_name: str, data_md5: str) -> Accepted | None:
+    """The newest data version other than `data_md5` whose model passed the gate and is registered; None if none is.
+
+    Registering a model of the present data therefore changes nothing. The profile comes from the newest run on that
+    data that keeps one. Raises UserError where a profile is lost or was changed.
+    """
+    if holds_nothing_yet():
+        return None
+    with connected() as client:
+        others = [
+            version
+            for version in _all_versions(client, model_name)
+            if version.tags.get("gate") == "passed" and version.tags.get("data_md5") not in (None, data_md5)
+        ]
+        if not others:
+            return None
+        newest = others[0]
+        accepted_md5 = newest.tags["data_md5"]
+        profiles = (
+            published_profile(client, version.run_id, accepted_md5)
+            for version in others
+            if version.tags["data_md5"] == accepted_md5
+        )
+        images = next((profile for profile in profiles if profile is not None), None)
+    return Accepted(str(newest.version), accepted_md5, images)
 
 
 def register_version(
@@ -163,6 +192,16 @@ def _by_number(client: "MlflowClient", name: str, number: str) -> "ModelVersion 
 def _by_digest(client: "MlflowClient", name: str, digest: str) -> "ModelVersion | None":
     found = client.search_model_versions(f"name = '{name}' and tags.{MODEL_DIGEST} = '{digest}'")
     return max(found, key=lambda version: int(version.version), default=None)
+
+
+def _all_versions(client: "MlflowClient", name: str) -> list["ModelVersion"]:
+    """Every version, the newest first."""
+    page = client.search_model_versions(f"name = '{name}'")
+    versions = list(page)
+    while page.token:
+        page = client.search_model_versions(f"name = '{name}'", page_token=page.token)
+        versions += page
+    return sorted(versions, key=lambda version: int(version.version), reverse=True)
 
 
 def _newest(client: "MlflowClient", name: str) -> int:

@@ -5,13 +5,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braintumor.artifacts import DATA_DOCS, FINDINGS, LEAKAGE, MANIFEST, replacing_directory, write_json
-from braintumor.data.data_docs import make_self_contained
+from braintumor.artifacts import (
+    DATA_DOCS,
+    DIFFERENCE,
+    FINDINGS,
+    LEAKAGE,
+    MANIFEST,
+    ODD_IMAGES,
+    PROFILE,
+    replacing_directory,
+    write_json,
+)
+from braintumor.data.data_docs import write_data_docs
+from braintumor.data.difference import as_json, compare
 from braintumor.data.duplicates import measure_leakage
 from braintumor.data.expectations import Finding, check_expectations
-from braintumor.data.manifest import list_contents, survey, write_manifest
-from braintumor.errors import CriticalFinding
-from braintumor.params import ValidateParams
+from braintumor.data.manifest import file_md5s, list_contents, survey, version_md5, write_manifest
+from braintumor.data.oddities import odd_kinds, write_odd_images
+from braintumor.data.profile import load_accepted, make_profile, write_profile
+from braintumor.errors import CriticalFinding, UserError
+from braintumor.params import Params
 from braintumor.progress import Progress, silent
 
 
@@ -33,34 +46,59 @@ class ValidationSummary:
         return len(self.warnings)
 
 
-def validate(dataset: Path, output: Path, params: ValidateParams, progress: Progress = silent) -> ValidationSummary:
-    """Leave manifest, leakage, findings and Data Docs of `dataset` in `output`.
+def validate(
+    dataset: Path, context: Path, output: Path, params: Params, progress: Progress = silent
+) -> ValidationSummary:
+    """Leave manifest, profile, leakage, difference, findings and Data Docs of `dataset` in `output`.
 
-    A critical finding leaves findings and Data Docs alone, so that no later step can start, and raises CriticalFinding.
+    The images are compared with the last accepted data version, which `context` holds. A critical finding leaves
+    findings and Data Docs alone, so that no later step can start, and raises CriticalFinding. Raises UserError for a
+    context of other data.
     """
     contents = list_contents(dataset)
+    accepted, resolved_md5 = load_accepted(context)
+    # Before the images are read, which may take minutes.
+    _refuse_other_data(dataset, context, resolved_md5, version_md5(file_md5s(dataset, contents.versioned)))
+    checks = params.validation
     advance = progress("validate: reading images", len(contents.images))
-    surveyed = survey(dataset, params.workers, params.copy_correlation, advance, contents)
-    leakage = measure_leakage(surveyed.images)
+    surveyed = survey(dataset, checks.workers, checks.copy_correlation, advance, contents)
+    _refuse_other_data(dataset, context, resolved_md5, surveyed.data_md5)
+    data_md5, images = surveyed.data_md5, surveyed.images
+    leakage = measure_leakage(images)
+    difference = None
+    if accepted is not None and accepted.images is not None:
+        difference = compare(images, accepted.images)
+    record = as_json(difference, accepted, data_md5)
+    kinds = odd_kinds(images, checks)
     with replacing_directory(output) as folder:
-        findings = check_expectations(surveyed, leakage, params, folder / DATA_DOCS)
-        make_self_contained(folder / DATA_DOCS, surveyed.data_md5, len(surveyed.images), findings)
-        write_json(folder / FINDINGS, _findings_record(surveyed.data_md5, len(surveyed.images), findings))
+        findings = check_expectations(surveyed, leakage, accepted, difference, params, folder / DATA_DOCS)
+        write_data_docs(folder / DATA_DOCS, dataset, surveyed, leakage, findings, kinds, record, params)
+        write_json(folder / FINDINGS, _findings_record(data_md5, len(images), findings))
         critical = [finding for finding in findings if finding.severity == "critical"]
         if not critical:
-            write_manifest(surveyed.images, surveyed.data_md5, folder / MANIFEST)
-            write_json(folder / LEAKAGE, {"data_md5": surveyed.data_md5, **leakage})
+            write_manifest(images, data_md5, folder / MANIFEST)
+            write_profile(make_profile(images, params.privacy), data_md5, folder / PROFILE)
+            write_json(folder / LEAKAGE, {"data_md5": data_md5, **leakage})
+            write_json(folder / DIFFERENCE, record)
+            write_odd_images(images, kinds, folder / ODD_IMAGES)
     if critical:
         raise CriticalFinding(_explain(dataset, output, critical))
     return ValidationSummary(
         output=output,
-        data_md5=surveyed.data_md5,
+        data_md5=data_md5,
         n_images=leakage["n_images"],
         n_groups=leakage["n_groups"],
         leaked_share=leakage["leaked_share"],
         n_unknown_patients=leakage["patients"]["unknown"],
         warnings=[str(finding) for finding in findings],
     )
+
+
+def _refuse_other_data(dataset: Path, context: Path, resolved_md5: str, found_md5: str) -> None:
+    if found_md5 != resolved_md5:
+        raise UserError(
+            f"{context} is of data {resolved_md5}, {dataset} is now {found_md5}; run 'braintumor resolve' again"
+        )
 
 
 def _findings_record(data_md5: str, n_images: int, findings: Sequence[Finding]) -> dict[str, Any]:

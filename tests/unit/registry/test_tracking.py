@@ -4,16 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from braintumor import artifacts
+from braintumor.data.profile import load_profile, write_profile
 from braintumor.errors import RegistryUnreachable, UserError
 from braintumor.params import Params
 from braintumor.registry import tracking
 from braintumor.registry.server import connected, tracking_uri
-from braintumor.steps.gate import gate
+from braintumor.steps.gate import gate, judge
 
 MakeFolders = Callable[..., Any]
 
@@ -82,7 +84,7 @@ def test_an_address_that_mlflow_does_not_take_is_a_user_error(
 
 def test_publishing_logs_all_that_the_files_hold(store: Path, make_folders: MakeFolders, params: Params) -> None:
     folders = make_folders()
-    gate(folders.evaluation, folders.context, folders.decision, params.gate)
+    gate(folders.evaluation, folders.context, folders.validation, folders.decision, params.gate)
     run_id = tracking.publish(params, folders.model, folders.evaluation, folders.decision)
 
     training = artifacts.read_json(folders.model / artifacts.TRAINING, "")
@@ -231,7 +233,7 @@ def test_a_closed_gate_shows_in_the_run_of_its_model(store: Path, make_folders: 
     folders = make_folders(n_wrong=20)
     run_id = tracking.publish(params, folders.model, folders.evaluation)
     with pytest.raises(GateNotPassed):
-        gate(folders.evaluation, folders.context, folders.decision, params.gate)
+        gate(folders.evaluation, folders.context, folders.validation, folders.decision, params.gate)
     with connected() as client:
         assert client.get_run(run_id).data.tags["outcome"] == "gate not passed"
 
@@ -241,3 +243,103 @@ def test_a_deleted_experiment_is_a_user_error(store: Path, make_folders: MakeFol
         client.delete_experiment(client.create_experiment(params.registration.experiment))
     with pytest.raises(UserError, match="restore"):
         tracking.publish(params, make_folders().model)
+
+
+def test_a_validation_brings_profile_and_data_docs_with_a_link_to_them(
+    store: Path, make_folders: MakeFolders, params: Params
+) -> None:
+    folders = make_folders()
+    run_id = tracking.publish(params, folders.model, validation=folders.validation)
+    with connected() as client:
+        run = client.get_run(run_id)
+        assert artifact_paths(client, run_id) >= {"data/profile.parquet", "data/data_docs"}
+        assert [file.path for file in client.list_artifacts(run_id, "data/data_docs")] == ["data/data_docs/index.html"]
+    assert run.data.tags["data_docs"] == "data/data_docs/index.html"
+    assert run.data.tags["outcome.validate"] == "1 warnings"
+    assert f"/runs/{run_id}/artifacts/data/data_docs/index.html" in run.data.tags["mlflow.note.content"]
+
+
+def test_a_validation_is_published_once_and_a_new_one_replaces_all_its_pages(
+    store: Path, make_folders: MakeFolders, params: Params, write_validation: Callable[..., None]
+) -> None:
+    folders = make_folders()
+    write_validation(folders.validation, page="gallery.html")
+    run_id = tracking.publish(params, folders.model, validation=folders.validation)
+    (stored,) = (store.parent / "mlartifacts").rglob("gallery.html")
+    written = stored.stat().st_mtime_ns
+    tracking.publish(params, folders.model, validation=folders.validation)
+    assert stored.stat().st_mtime_ns == written
+
+    with connected() as client:
+        client.set_tag(run_id, "mlflow.note.content", "seen by Dr. A.")
+    write_validation(folders.validation, page="copies.html")
+    tracking.publish(params, folders.model, validation=folders.validation)
+    with connected() as client:
+        pages = {Path(file.path).name for file in client.list_artifacts(run_id, "data/data_docs")}
+        assert client.get_run(run_id).data.tags["mlflow.note.content"] == "seen by Dr. A."
+    assert pages == {"index.html", "copies.html"}
+
+
+def test_a_validation_of_other_data_is_not_published(
+    store: Path, make_folders: MakeFolders, params: Params, write_validation: Callable[..., None]
+) -> None:
+    folders = make_folders()
+    write_validation(folders.validation, data_md5="f" * 32)
+    with pytest.raises(UserError, match="run 'braintumor validate' again"):
+        tracking.publish(params, folders.model, validation=folders.validation)
+    with connected() as client:
+        assert not any("data_docs" in run.data.tags for run in all_runs(client))
+
+
+def test_a_validation_that_was_stopped_by_a_critical_finding_is_not_published(
+    store: Path, make_folders: MakeFolders, params: Params
+) -> None:
+    folders = make_folders()
+    (folders.validation / "profile.parquet").unlink()
+    with pytest.raises(UserError, match="braintumor validate"):
+        tracking.publish(params, folders.model, validation=folders.validation)
+
+
+def test_data_docs_of_a_refused_model_show_in_its_run(store: Path, make_folders: MakeFolders, params: Params) -> None:
+    folders = make_folders(n_wrong=20)
+    run_id = tracking.publish(params, folders.model, folders.evaluation)
+    decision = judge(folders.evaluation, folders.context, params.gate)
+    artifacts.write_json(folders.decision / artifacts.DECISION, decision.as_json())
+    assert tracking.publish_decision_if_reachable(folders.decision, folders.validation) == run_id
+    with connected() as client:
+        tags = client.get_run(run_id).data.tags
+    assert tags["outcome"] == "gate not passed"
+    assert tags["data_docs"] == "data/data_docs/index.html"
+
+
+def test_the_profile_comes_back_from_the_run(store: Path, make_folders: MakeFolders, params: Params) -> None:
+    folders = make_folders()
+    published, data_md5 = load_profile(folders.validation / artifacts.PROFILE)
+    run_id = tracking.publish(params, folders.model)
+    with connected() as client:
+        assert tracking.published_profile(client, run_id, data_md5) is None
+        assert tracking.published_profile(client, "0" * 32, data_md5) is None
+    tracking.publish(params, folders.model, validation=folders.validation)
+    with connected() as client:
+        found = tracking.published_profile(client, run_id, data_md5)
+        assert found is not None
+        pd.testing.assert_frame_equal(found, published)
+        with pytest.raises(UserError, match="should be of the data ffff"):
+            tracking.published_profile(client, run_id, "f" * 32)
+
+
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_a_profile_that_the_store_lost_or_changed_is_refused(
+    how: str, store: Path, make_folders: MakeFolders, params: Params
+) -> None:
+    folders = make_folders()
+    _, data_md5 = load_profile(folders.validation / artifacts.PROFILE)
+    run_id = tracking.publish(params, folders.model, validation=folders.validation)
+    (stored,) = (store.parent / "mlartifacts").rglob("profile.parquet")
+    if how == "gone":
+        stored.unlink()
+    else:
+        other = pd.DataFrame(load_profile(stored)[0].assign(mean=1.0))
+        write_profile(other, data_md5, stored)
+    with connected() as client, pytest.raises(UserError, match="register the model of data"):
+        tracking.published_profile(client, run_id, data_md5)

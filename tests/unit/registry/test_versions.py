@@ -1,19 +1,30 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+from mlflow import MlflowClient
 
 from braintumor import artifacts
+from braintumor.data.profile import Accepted, load_profile
 from braintumor.errors import RegistryUnreachable, UserError
 from braintumor.model.saved import model_digest
 from braintumor.params import Params
 from braintumor.registry import tracking
 from braintumor.registry.server import connected
-from braintumor.registry.versions import champion, download_model, generated_example, register_version
+from braintumor.registry.versions import (
+    champion,
+    download_model,
+    generated_example,
+    last_accepted,
+    register_version,
+)
 
 NAME = "brain-tumor-densenet201"
+PRESENT = "e" * 32
 Register = Callable[..., Any]
 
 
@@ -42,6 +53,78 @@ def test_there_is_no_champion_until_a_reviewer_sets_it(register_model: Register,
     with connected() as client:
         client.set_registered_model_alias(NAME, "champion", "1")
     assert champion(NAME) == {"version": "1", "model_digest": model_digest(tiny_models[0]), "data_md5": "d" * 32}
+
+
+def accept(client: Any, data_md5: str | None, run_id: str | None = None, gate: str | None = "passed") -> None:
+    tags = {name: value for name, value in (("data_md5", data_md5), ("gate", gate)) if value}
+    client.create_model_version(NAME, source="somewhere", run_id=run_id, tags=tags)
+
+
+def test_nothing_is_accepted_in_a_store_that_nobody_made_and_under_a_name_without_versions(
+    no_store: Path, migrated_database: Path
+) -> None:
+    assert last_accepted(NAME, PRESENT) is None
+    assert not no_store.exists()
+    shutil.copyfile(migrated_database, no_store)
+    assert last_accepted(NAME, PRESENT) is None
+    with connected() as client:
+        client.create_registered_model(NAME)
+    assert last_accepted(NAME, PRESENT) is None
+
+
+def test_the_last_accepted_data_is_that_of_the_newest_version_on_other_data_than_the_present(
+    store: Path, make_folders: Callable[..., Any], params: Params
+) -> None:
+    with connected() as client:
+        client.create_registered_model(NAME)
+        run_id = client.create_run("0").info.run_id
+        accept(client, "older", run_id)
+        accept(client, PRESENT, run_id)
+        assert last_accepted(NAME, PRESENT) == Accepted("1", "older", None)
+        accept(client, "newer", run_id)
+        accept(client, PRESENT, run_id)
+        # Neither says that a model trained on this data passed the gate.
+        accept(client, "unjudged", run_id, gate=None)
+        accept(client, None, run_id)
+        assert last_accepted(NAME, PRESENT) == Accepted("3", "newer", None)
+        client.delete_model_version(NAME, "3")
+        assert last_accepted(NAME, PRESENT) == Accepted("1", "older", None)
+        assert last_accepted("another-name", PRESENT) is None
+
+
+def test_the_profile_comes_from_the_newest_run_on_that_data_that_keeps_one(
+    store: Path, make_folders: Callable[..., Any], params: Params
+) -> None:
+    folders = make_folders()
+    profile, data_md5 = load_profile(folders.validation / artifacts.PROFILE)
+    kept = tracking.publish(params, folders.model, validation=folders.validation)
+    with connected() as client:
+        client.create_registered_model(NAME)
+        accept(client, "older", kept)
+        accept(client, data_md5, kept)
+        accept(client, data_md5, client.create_run("0").info.run_id)
+    found = last_accepted(NAME, PRESENT)
+    assert found is not None and (found.version, found.data_md5) == ("3", data_md5)
+    assert found.images is not None
+    pd.testing.assert_frame_equal(found.images, profile)
+    # The profile of other data is never taken for it.
+    with pytest.raises(UserError, match="should be of the data older"):
+        last_accepted(NAME, data_md5)
+
+
+def test_more_versions_than_a_page_of_the_registry_holds_are_all_seen(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = MlflowClient.search_model_versions
+    monkeypatch.setattr(
+        MlflowClient, "search_model_versions", lambda self, text, **rest: search(self, text, max_results=2, **rest)
+    )
+    with connected() as client:
+        client.create_registered_model(NAME)
+        run_id = client.create_run("0").info.run_id
+        for data_md5 in ("other", *[PRESENT] * 4):
+            accept(client, data_md5, run_id)
+    assert last_accepted(NAME, PRESENT) == Accepted("1", "other", None)
 
 
 def test_the_same_model_stays_one_version_and_what_is_missing_is_mended(register_model: Register) -> None:
