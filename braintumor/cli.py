@@ -3,11 +3,14 @@
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from braintumor.errors import UserError
+
+if TYPE_CHECKING:
+    from braintumor.data.next_version import Change
 
 app = typer.Typer(
     name="braintumor",
@@ -17,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Make or import a data set.", no_args_is_help=True)
+data_app = typer.Typer(help="Make, import or correct a data set.", no_args_is_help=True)
 model_app = typer.Typer(help="Make a backbone.", no_args_is_help=True)
 params_app = typer.Typer(help="List and choose parameter profiles.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
@@ -32,8 +35,10 @@ Validation = Annotated[Path, typer.Option(help="Folder that 'validate' made.")]
 Splits = Annotated[Path, typer.Option(help="Folder that 'split' made.")]
 Model = Annotated[Path, typer.Option(help="Folder that 'train' made.")]
 Evaluation = Annotated[Path, typer.Option(help="Folder that 'evaluate' made.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Tell what would be done; write nothing.")]
 DecisionFolder = Annotated[Path, typer.Option("--decision", help="Folder that 'gate' made.")]
 
+WITH_ADD, OF_VOLUMES = "With --add", "DICOM series and NIfTI volumes"
 DATA, BUILD, PARAMS = Path("data"), Path("build"), Path("params.yaml")
 
 
@@ -55,23 +60,35 @@ def main() -> None:
 def resolve(dataset: Dataset = DATA, output: Output = BUILD / "resolve", params_file: ParamsFile = PARAMS) -> None:
     """Write down the data version and the current champion."""
     from braintumor.params import load_params
+    from braintumor.progress import warn
     from braintumor.steps.resolve import resolve
 
     context = resolve(dataset, output, load_params(params_file).registration)
+    if context.accepted and not context.accepted["has_profile"]:
+        warn(f"MLflow keeps no profile of the data of version {context.accepted['version']}: nothing to compare with")
     champion = f"version {context.champion['version']}" if context.champion else "none"
-    print(f"resolve: data {context.data_md5}, {context.n_images} images, champion: {champion}")
+    accepted = f"version {context.accepted['version']}" if context.accepted else "none"
+    print(
+        f"resolve: data {context.data_md5}, {context.n_images} images, champion: {champion}, "
+        f"last accepted other data: {accepted}"
+    )
 
 
 @app.command(rich_help_panel="Steps")
-def validate(dataset: Dataset = DATA, output: Output = BUILD / "validation", params_file: ParamsFile = PARAMS) -> None:
+def validate(
+    dataset: Dataset = DATA,
+    context: Context = BUILD / "resolve",
+    output: Output = BUILD / "validation",
+    params_file: ParamsFile = PARAMS,
+) -> None:
     """Check the images, group their copies, write the manifest and the Data Docs."""
     from braintumor.params import load_params
     from braintumor.progress import shown, warn
     from braintumor.steps.validate import validate
 
-    params = load_params(params_file).validation
+    params = load_params(params_file)
     with shown() as progress:
-        summary = validate(dataset, output, params, progress)
+        summary = validate(dataset, context, output, params, progress)
     for warning in summary.warnings:
         warn(warning)
     print(f"validate: {summary.n_images} images, {summary.n_groups} without copies, {summary.n_warnings} warnings")
@@ -95,7 +112,10 @@ def split(
     for warning in summary.warnings:
         warn(warning)
     sizes = ", ".join(f"{size} {name}" for name, size in summary.sizes.items())
-    print(f"split: {sizes}; 1-nearest-neighbour floor {summary.nearest_neighbour_accuracy:.1%}")
+    print(
+        f"split: {sizes}; floors {summary.nearest_neighbour_accuracy:.1%} by the nearest neighbour, "
+        f"{summary.statistics_accuracy:.1%} by intensity statistics"
+    )
 
 
 @app.command(rich_help_panel="Steps")
@@ -143,6 +163,7 @@ def evaluate(
 def gate(
     evaluation: Evaluation = BUILD / "evaluation",
     context: Context = BUILD / "resolve",
+    validation: Validation = BUILD / "validation",
     output: Output = BUILD / "gate",
     params_file: ParamsFile = PARAMS,
 ) -> None:
@@ -151,7 +172,7 @@ def gate(
     from braintumor.progress import warn
     from braintumor.steps.gate import gate
 
-    decision = gate(evaluation, context, output, load_params(params_file).gate)
+    decision = gate(evaluation, context, validation, output, load_params(params_file).gate)
     for warning in decision.warnings:
         warn(warning)
     print(f"gate: passed, {len(decision.checks)} checks")
@@ -164,6 +185,7 @@ def register(
     evaluation: Evaluation = BUILD / "evaluation",
     decision: DecisionFolder = BUILD / "gate",
     context: Context = BUILD / "resolve",
+    validation: Validation = BUILD / "validation",
     output: Output = BUILD / "registration",
     params_file: ParamsFile = PARAMS,
 ) -> None:
@@ -171,7 +193,7 @@ def register(
     from braintumor.params import load_params
     from braintumor.steps.register import register
 
-    registration = register(model, splits, evaluation, decision, context, output, load_params(params_file))
+    registration = register(model, splits, evaluation, decision, context, validation, output, load_params(params_file))
     alias = registration.alias or "left on a newer version"
     print(f"register: {registration.model_name} version {registration.version}, alias {alias}")
 
@@ -204,15 +226,100 @@ def summary(build: Annotated[Path, typer.Option(help="Folder of the steps' outpu
 
 @data_app.command("import")
 def data_import(
-    source: Annotated[Path, typer.Argument(help="Folder or .zip: Training/Testing x classes, or flat classes.")],
-    output: Annotated[Path, typer.Option(help="Data set to replace.")] = DATA,
+    source: Annotated[Path, typer.Argument(help="Folder or .zip: Training/Testing x classes, or classes alone.")],
+    output: Annotated[Path, typer.Option(help="The data set.")] = DATA,
+    add: Annotated[bool, typer.Option("--add", help="Keep what is there, and add the images of SOURCE.")] = False,
+    dry_run: DryRun = False,
+    discard: Annotated[bool, typer.Option("--discard", help="Replace a data set that DVC does not hold, too.")] = False,
+    copies: Annotated[
+        Literal["skip", "add"],
+        typer.Option(help="Images that are there already, perhaps mirrored or recompressed.", rich_help_panel=WITH_ADD),
+    ] = "skip",
+    patient_prefix: Annotated[
+        str,
+        typer.Option(
+            help="Put before the patient numbers of SOURCE, where they mean other people than the same numbers there.",
+            rich_help_panel=WITH_ADD,
+        ),
+    ] = "",
+    report: Annotated[
+        Path | None, typer.Option(help="CSV to write: what becomes of each image.", rich_help_panel=WITH_ADD)
+    ] = None,
+    params_file: Annotated[
+        Path, typer.Option("--params", help="Parameters file: what is a copy.", rich_help_panel=WITH_ADD)
+    ] = PARAMS,
+    plane: Annotated[
+        Literal["acquired", "axial"],
+        typer.Option(help="Slices as they were scanned, or axial ones.", rich_help_panel=OF_VOLUMES),
+    ] = "acquired",
+    slices: Annotated[int, typer.Option(min=1, help="Slices of each volume.", rich_help_panel=OF_VOLUMES)] = 5,
+    middle_share: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the volume they come from.", rich_help_panel=OF_VOLUMES)
+    ] = 0.6,
 ) -> None:
-    """Replace the data set by the images of SOURCE."""
-    from braintumor.data.intake import import_dataset
+    """Make the data set of the images of SOURCE; with --add, let it grow by them.
+
+    SOURCE is a folder or a .zip with Training/ and Testing/, each with a folder
+    a class (glioma or glioma_tumor, notumor or no_tumor, ...), or with class
+    folders alone, which all go to train/. A groups.csv (path,patient) in it
+    brings patient numbers. DICOM series and NIfTI volumes become slices.
+
+    The data set changes all at once, at the end: whatever happens, the old or
+    the new one is there. SOURCE stays as it is. Try --dry-run first.
+    """
+    from braintumor.data.growth import AddSummary, add_images
+    from braintumor.data.intake import ImportSummary, import_dataset
+    from braintumor.data.slices import SliceRule
+    from braintumor.params import load_params
+    from braintumor.progress import shown
+
+    if add and discard:
+        raise UserError("--add discards nothing; leave out --discard, or --add")
+    if not add and (copies != "skip" or patient_prefix or report):
+        raise UserError("--copies, --patient-prefix and --report go with --add; add it, or leave them out")
+    rule = SliceRule(plane, slices, middle_share)
+    with shown() as progress:
+        if add:
+            summary: AddSummary | ImportSummary = add_images(
+                source, output, load_params(params_file).validation.copy_correlation, progress,
+                copies=copies, patient_prefix=patient_prefix, rule=rule, report=report, dry_run=dry_run,
+            )  # fmt: skip
+        else:
+            summary = import_dataset(source, output, progress, rule=rule, discard=discard, dry_run=dry_run)
+    _show_change(summary, output, "New images", dry_run)
+
+
+@data_app.command("relabel")
+def data_relabel(
+    corrections: Annotated[Path, typer.Argument(metavar="CSV", help="Columns: path, new_label; others are ignored.")],
+    dataset: Dataset = DATA,
+    dry_run: DryRun = False,
+) -> None:
+    """Correct labels: CSV names images and their new labels.
+
+    Its column path is relative to the data set, as train/glioma/a.jpg; its
+    column new_label is a class, 'remove' to take the image out of the set, or
+    empty to leave it. odd_images.csv of the validation can be filled in so.
+
+    An image keeps its split and its name. What is taken out stands in a folder
+    beside the data set afterwards (data-removed).
+    """
+    from braintumor.data.relabel import relabel
     from braintumor.progress import shown
 
     with shown() as progress:
-        print(import_dataset(source, output, progress))
+        summary = relabel(corrections, dataset, progress, dry_run=dry_run)
+    _show_change(summary, dataset, "Corrected labels", dry_run)
+
+
+def _show_change(summary: "Change", dataset: Path, message: str, dry_run: bool) -> None:
+    from braintumor.data.next_version import next_commands
+
+    print(summary)
+    if dry_run:
+        print("dry run: the data set stays as it is")
+    elif summary.is_changed:
+        print(next_commands(dataset, message))
 
 
 @data_app.command("sample")

@@ -24,6 +24,7 @@ class RunFiles:
     training: dict[str, Any] | None
     metrics: dict[str, Any] | None
     decision: dict[str, Any] | None
+    test_uses: dict[str, Any] | None
     registration: dict[str, Any] | None
 
     @classmethod
@@ -37,6 +38,7 @@ class RunFiles:
             "training": (Path("model", artifacts.TRAINING), "train"),
             "metrics": (Path("evaluation", artifacts.METRICS), "evaluate"),
             "decision": (Path("gate", artifacts.DECISION), "gate"),
+            "test_uses": (Path("gate", artifacts.TEST_USES), "gate"),
             "registration": (Path("registration", artifacts.REGISTRATION), "register"),
         }
         found = {
@@ -58,11 +60,12 @@ def summarise(run: RunFiles) -> Iterator[Row]:
     yield "split", _told(run.split, {"data_md5": data_md5}, _split)
     splits = {"splits_sha256": (run.split or {}).get("splits_sha256")}
     yield "training", _told(run.training, splits, _training)
-    yield "1-nearest-neighbour floor", _told(run.split, {"data_md5": data_md5}, _floor)
+    yield "floors", _told(run.split, {"data_md5": data_md5}, _floors)
     model = {"model_digest": (run.training or {}).get("model_digest"), **splits}
     yield "test accuracy", _told(run.metrics, model, _accuracy)
     yield "tumour sensitivity", _told(run.metrics, model, _sensitivity)
     yield "gate", _told(run.decision, {}, lambda decision: _gate(decision, run))
+    yield "test set", _told(run.test_uses, {"test_md5": (run.split or {}).get("test_md5")}, _uses)
     registered = {"model_digest": model["model_digest"]}
     yield "registered", _told(run.registration, registered, lambda registration: _version(registration, run))
 
@@ -105,8 +108,18 @@ def _training(training: dict[str, Any]) -> str:
     )
 
 
-def _floor(split: dict[str, Any]) -> str:
-    return f"{split['nearest_neighbour_accuracy']:.1%}"
+def _floors(split: dict[str, Any]) -> str:
+    return (
+        f"{split['nearest_neighbour_accuracy']:.1%} by the nearest neighbour, "
+        f"{split['statistics_accuracy']:.1%} by brightness, contrast and border alone"
+    )
+
+
+def _uses(uses: dict[str, Any]) -> str:
+    earlier = uses["earlier_decisions"]
+    if earlier is None:
+        return "how often it was used before is not known: MLflow did not answer"
+    return f"used for {earlier} earlier decisions" if earlier != 1 else "used for 1 earlier decision"
 
 
 def _accuracy(metrics: dict[str, Any]) -> str:

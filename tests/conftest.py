@@ -14,6 +14,7 @@ import pytest
 
 from braintumor import artifacts
 from braintumor.artifacts import sha256_of_file, write_json
+from braintumor.data.profile import STATISTICS, write_profile
 from braintumor.evidence.metrics import compute_metrics, make_predictions
 from braintumor.labels import CLASS_NAMES
 from braintumor.model.saved import model_digest
@@ -29,6 +30,7 @@ class Folders:
     """The folders of one run, as the steps leave them."""
 
     root: Path
+    validation: Path
     model: Path
     splits: Path
     evaluation: Path
@@ -72,10 +74,11 @@ def make_folders(tmp_path: Path, tiny_models: list[Path], params: Params) -> Cal
 
     def make(name: str = "build", seed: int = 1, n_wrong: int = 1, protocol: str = "official") -> Folders:
         root = tmp_path / name
-        parts = ("model", "split", "evaluation", "gate", "resolve", "registration")
-        model, splits, evaluation, gate, resolve, registration = (root / part for part in parts)
-        for folder in (model, splits, evaluation, resolve):
+        parts = ("validation", "model", "split", "evaluation", "gate", "resolve", "registration")
+        validation, model, splits, evaluation, gate, resolve, registration = (root / part for part in parts)
+        for folder in (validation, model, splits, evaluation, resolve):
             folder.mkdir(parents=True)
+        write_validation(validation)
         write_json(
             resolve / artifacts.CONTEXT,
             {"data_md5": DATA_MD5, "n_images": 240, "model_name": params.registration.model_name, "champion": None},
@@ -83,9 +86,38 @@ def make_folders(tmp_path: Path, tiny_models: list[Path], params: Params) -> Cal
         split = _write_split(splits, protocol)
         training = _write_model(model, tiny_models[seed - 1], split, params)
         _write_evaluation(evaluation, splits, split, training["model_digest"], params, n_wrong)
-        return Folders(root, model, splits, evaluation, gate, resolve, registration)
+        return Folders(root, validation, model, splits, evaluation, gate, resolve, registration)
 
     return make
+
+
+def write_validation(folder: Path, data_md5: str = DATA_MD5, page: str = "index.html") -> None:
+    """What a run publishes of a validation: a profile of one image a class, findings and Data Docs."""
+    profile = pd.DataFrame(
+        {
+            "path": f"train/{label}/0.png",
+            "label": label,
+            "declared_split": "train",
+            "duplicate_group": f"g-{label}",
+            "sha256": f"sha-{label}",
+            "pixels_sha256": f"pixels-{label}",
+            **dict.fromkeys(STATISTICS, 50.0),
+        }
+        for label in CLASS_NAMES
+    )
+    write_profile(profile, data_md5, folder / artifacts.PROFILE)
+    write_json(folder / artifacts.FINDINGS, {"data_md5": data_md5, "findings": [{"severity": "warning"}]})
+    docs = folder / artifacts.DATA_DOCS
+    shutil.rmtree(docs, ignore_errors=True)
+    docs.mkdir()
+    for name in {"index.html", page}:
+        (docs / name).write_text("<h1>Data validation</h1>")
+
+
+@pytest.fixture(name="write_validation")
+def validation_writer() -> Callable[..., None]:
+    """`write_validation`, for test modules that can't import it."""
+    return write_validation
 
 
 def _write_split(folder: Path, protocol: str) -> dict[str, Any]:
@@ -101,6 +133,8 @@ def _write_split(folder: Path, protocol: str) -> dict[str, Any]:
         "splits_sha256": sha256_of_file(folder / artifacts.SPLITS),
         "protocol": protocol,
         "claim": "copy-free, patients unknown",
+        "test_md5": "fedcba9876543210fedcba9876543210",
+        "statistics_accuracy": 0.4,
         "leaked_share": 0.0,
         "declared_leaked_share": 0.25,
         "nearest_neighbour_accuracy": 0.5,

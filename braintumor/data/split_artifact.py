@@ -1,5 +1,7 @@
 """A split that was made: read back and checked against its digests and the data set."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,11 +9,21 @@ from typing import Any
 import pandas as pd
 
 from braintumor import artifacts
+from braintumor.data.split_check import check_split
+from braintumor.data.splits import LEAKY_PROTOCOLS
 from braintumor.errors import UserError
 
 MADE_BY = "braintumor split"
 # Facts of the split that every evaluation on it repeats.
-SPLIT_FACTS = ("protocol", "claim", "nearest_neighbour_accuracy", "leaked_share", "declared_leaked_share")
+SPLIT_FACTS = (
+    "protocol",
+    "claim",
+    "test_md5",
+    "nearest_neighbour_accuracy",
+    "statistics_accuracy",
+    "leaked_share",
+    "declared_leaked_share",
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,20 @@ def load_split(folder: Path) -> MadeSplit:
     if artifacts.sha256_of_file(path) != summary["splits_sha256"]:
         raise UserError(f"{path} was changed after it was made; run '{MADE_BY}' again")
     rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    # Asked again of the file, whoever wrote it.
+    if summary["protocol"] not in LEAKY_PROTOCOLS and (problems := check_split(rows)):
+        raise UserError(f"{path} is no split: {'; '.join(problems)}; run '{MADE_BY}' again")
     return MadeSplit(rows, summary)
+
+
+def test_md5(rows: pd.DataFrame, md5_of: Mapping[str, str]) -> str:
+    """The md5 that names a test set: the contents and labels of its images, whatever their names.
+
+    `rows` are those of splits.csv, `md5_of` gives the md5 of each file by its path.
+    """
+    test = rows[rows["split"] == "test"]
+    entries = sorted(f"{md5_of[path]} {label}" for path, label in zip(test["path"], test["label"], strict=True))
+    return hashlib.md5("\n".join(entries).encode(), usedforsecurity=False).hexdigest()
 
 
 def refuse_other_data(dataset: Path, data_md5: str, named_in: Path) -> None:

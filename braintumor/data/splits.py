@@ -15,12 +15,14 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from braintumor.errors import UserError
-from braintumor.labels import CLASS_NAMES, SPLIT_NAMES
+from braintumor.labels import CLASS_NAMES, HASHED_PATIENT, SPLIT_NAMES, UNKNOWN_PATIENT_PREFIX
 from braintumor.params import SplitParams
 
 CLAIM_LEAKS = "leaks kept"
 CLAIM_PATIENTS = "patient-disjoint"
 CLAIM_COPIES = "copy-free, patients unknown"
+# Protocols that keep copies of test images in training: for comparison, never for the gate.
+LEAKY_PROTOCOLS = ("declared", "control")
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,13 @@ def make_splits(images: pd.DataFrame, params: SplitParams) -> Splits:
         )
     units = images.sort_values("path", ignore_index=True).assign(group=lambda frame: find_units(frame))
     is_test = _is_test(units, params)
-    is_dropped = _is_dropped(units, is_test, params)
     units["split"] = np.where(is_test, "test", _development_sides(units["group"], params))
-    units["reason"] = _reasons(units, is_test)
+    is_dropped, units["reason"] = _left_out(units, is_test, params)
     rows = units.loc[~is_dropped, ["path", "label", "group", "split"]].reset_index(drop=True)
     dropped = units.loc[is_dropped, ["path", "label", "group", "reason"]].reset_index(drop=True)
     _refuse_missing_classes(rows, params)
     deviation, warnings = _share_deviation(rows, params)
+    warnings += _size_warnings(rows, params)
     return Splits(
         rows=rows,
         dropped=dropped,
@@ -95,14 +97,37 @@ def _is_test(units: pd.DataFrame, params: SplitParams) -> "pd.Series[bool]":
     return units["declared_split"] == "test"
 
 
-def _is_dropped(units: pd.DataFrame, is_test: "pd.Series[bool]", params: SplitParams) -> "pd.Series[bool]":
-    stands_in_test = units["group"].isin(units.loc[is_test, "group"])
-    return stands_in_test & ~is_test & (params.protocol == "official")
+def _left_out(
+    units: pd.DataFrame, is_test: "pd.Series[bool]", params: SplitParams
+) -> tuple["pd.Series[bool]", pd.Series]:
+    """Which images the protocol takes out, and the reason, which says something of these alone."""
+    leaks = units["group"].isin(units.loc[is_test, "group"]) & ~is_test
+    match params.protocol:
+        case "official":
+            is_copy = units["duplicate_group"].isin(units.loc[is_test, "duplicate_group"])
+            reasons = np.where(is_copy, "copy of a test image", "patient of a test image")
+            return leaks, pd.Series(reasons, index=units.index)
+        case "control":
+            is_drawn = _drawn_to_the_size_of(units[~leaks & ~is_test], units[~is_test], params)
+            return ~is_test & ~units.index.isin(is_drawn), pd.Series("not drawn for the control", index=units.index)
+        case _:
+            return pd.Series(False, index=units.index), pd.Series("", index=units.index)
 
 
-def _reasons(units: pd.DataFrame, is_test: "pd.Series[bool]") -> pd.Series:
-    is_copy = units["duplicate_group"].isin(units.loc[is_test, "duplicate_group"])
-    return pd.Series(np.where(is_copy, "copy of a test image", "patient of a test image"), index=units.index)
+def _drawn_to_the_size_of(pattern: pd.DataFrame, images: pd.DataFrame, params: SplitParams) -> pd.Index:
+    """As many of `images` on each side and in each class as `pattern` has, whether they are copies or not."""
+    quotas = pattern.groupby(["split", "label"]).size()
+    places = images["path"].map(lambda path: position(path, params.seed, "control"))
+    ranks = places.groupby([images["split"], images["label"]]).rank(method="first")
+    quota = pd.MultiIndex.from_frame(images[["split", "label"]]).map(quotas.to_dict().get)
+    return images.index[ranks.to_numpy() <= pd.Series(quota).fillna(0).to_numpy()]
+
+
+def side_of(group: str, params: SplitParams) -> str:
+    """The side that the hash gives to a group, as far as no declared test folder decides."""
+    if params.protocol == "grouped" and position(group, params.seed, "test") < params.test_fraction:
+        return "test"
+    return str(_development_sides(pd.Series([group]), params).iloc[0])
 
 
 def _development_sides(groups: pd.Series, params: SplitParams) -> pd.Series:
@@ -115,14 +140,17 @@ def _development_sides(groups: pd.Series, params: SplitParams) -> pd.Series:
 
 def _refuse_missing_classes(rows: pd.DataFrame, params: SplitParams) -> None:
     counts = sizes_by_class(rows)
-    missing = [
-        f"{split} holds no {label}" for split in SPLIT_NAMES for label in CLASS_NAMES if not counts[split][label]
-    ]
-    if missing:
-        raise UserError(
-            f"the split by protocol '{params.protocol}' leaves classes without images: {', '.join(missing)}; "
-            "add images, enlarge the fractions of section split, or take another split.seed"
-        )
+    missing = {split: [label for label in CLASS_NAMES if not counts[split][label]] for split in SPLIT_NAMES}
+    if not any(missing.values()):
+        return
+    told = ", ".join(f"{split} holds no {label}" for split, labels in missing.items() for label in labels)
+    if rows["group"].nunique() == 1:
+        remedy = "all images are in one group of copies or patients, which no split divides: add images of others"
+    elif missing["test"] and params.protocol != "grouped":
+        remedy = "add images of it under test/, whole patients, or set split.protocol: grouped"
+    else:
+        remedy = "add images, enlarge the fractions of section split, or take another split.seed"
+    raise UserError(f"the split by protocol '{params.protocol}' leaves classes without images: {told}; {remedy}")
 
 
 def sizes_by_class(rows: pd.DataFrame) -> dict[str, dict[str, int]]:
@@ -150,15 +178,40 @@ def _share_deviation(rows: pd.DataFrame, params: SplitParams) -> tuple[float, li
     return max(deviation for _, deviation in deviations.values()), warnings
 
 
+def _size_warnings(rows: pd.DataFrame, params: SplitParams) -> list[str]:
+    """A side that is larger or smaller than its fraction: large groups go to one side as a whole."""
+    sizes = rows["split"].value_counts()
+    n_development = len(rows) - int(sizes["test"])
+    expected = {"val": params.val_fraction, "calibration": params.calibration_fraction}
+    shares = {split: sizes[split] / n_development for split in expected}
+    if params.protocol == "grouped":
+        expected["test"], shares["test"] = params.test_fraction, sizes["test"] / len(rows)
+    return [
+        f"{split} holds {share:.0%} of the images it is drawn from, expected {expected[split]:.0%}"
+        for split, share in shares.items()
+        if abs(share - expected[split]) > params.max_share_deviation
+    ]
+
+
 def _shares(counts: dict[str, int]) -> dict[str, float]:
     total = sum(counts.values())
     return {label: count / total for label, count in counts.items()}
 
 
 def _claim(used: pd.DataFrame, params: SplitParams) -> str:
-    if params.protocol == "declared":
+    if params.protocol in LEAKY_PROTOCOLS:
         return CLAIM_LEAKS
-    return CLAIM_PATIENTS if used["patient"].notna().all() else CLAIM_COPIES
+    namings = {_naming(patient) for patient in used["patient"].unique()}
+    # One person may stand under a number and a hash, or under the hashes of two keys.
+    return CLAIM_PATIENTS if None not in namings and len(namings) == 1 else CLAIM_COPIES
+
+
+def _naming(patient: object) -> str | None:
+    """Who gave the patient this name: the key that hashed it, or people; None for nobody's."""
+    if not isinstance(patient, str) or patient.startswith(UNKNOWN_PATIENT_PREFIX):
+        return None
+    hashed = HASHED_PATIENT.fullmatch(patient)
+    return f"key {hashed['key']}" if hashed else "people"
 
 
 def _leaked_test_images(rows: pd.DataFrame) -> int:

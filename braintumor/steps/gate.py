@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from braintumor import artifacts
 from braintumor.artifacts import read_json, replacing_directory, sha256_of_file, write_json
@@ -9,21 +10,34 @@ from braintumor.errors import GateNotPassed, UserError
 from braintumor.params import GateParams
 from braintumor.registry import tracking
 from braintumor.registry.policy import Check, Decision, decide
+from braintumor.registry.test_set_uses import earlier_decisions_if_reachable
 
 
-def gate(evaluation: Path, context: Path, output: Path, params: GateParams) -> Decision:
+def gate(evaluation: Path, context: Path, validation: Path, output: Path, params: GateParams) -> Decision:
     """The verdict on the evaluation stands in decision.json, with the digests of all that was judged.
 
+    The run in MLflow gets the verdict and the validation's Data Docs, which a reviewer of a refused model wants too.
     Raises GateNotPassed, after the decision is written, if a required check did not pass; UserError, and writes
     nothing, if there is no evaluation to judge.
     """
     decision = judge(evaluation, context, params)
+    uses = _uses_of_the_test_set(evaluation, decision)
     with replacing_directory(output) as folder:
         write_json(folder / artifacts.DECISION, decision.as_json())
-    tracking.publish_decision_if_reachable(output)
+        # Beside the decision: it depends on the server, and the same files must give the same decision.
+        write_json(folder / artifacts.TEST_USES, uses)
+    tracking.publish_decision_if_reachable(output, validation)
     if not decision.passed:
         raise GateNotPassed("the gate is closed: " + "; ".join(decision.failures))
     return decision
+
+
+def _uses_of_the_test_set(evaluation: Path, decision: Decision) -> dict[str, Any]:
+    test_md5 = read_json(evaluation / artifacts.METRICS, "braintumor evaluate").get("test_md5")
+    digest = decision.digests["model_digest"]
+    if not isinstance(test_md5, str) or digest is None:
+        return {"test_md5": None, "earlier_decisions": None}
+    return {"test_md5": test_md5, "earlier_decisions": earlier_decisions_if_reachable(test_md5, digest)}
 
 
 def judge(evaluation: Path, context: Path, params: GateParams) -> Decision:

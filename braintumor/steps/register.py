@@ -19,6 +19,7 @@ from braintumor.progress import note
 from braintumor.registry import tracking
 from braintumor.registry.model_card import version_tags, write_card
 from braintumor.registry.policy import Decision
+from braintumor.registry.test_set_uses import earlier_decisions
 from braintumor.registry.versions import register_version
 from braintumor.steps.gate import judge
 
@@ -49,7 +50,14 @@ class _Evidence:
 
 
 def register(
-    model: Path, splits: Path, evaluation: Path, decision: Path, context: Path, output: Path, params: Params
+    model: Path,
+    splits: Path,
+    evaluation: Path,
+    decision: Path,
+    context: Path,
+    validation: Path,
+    output: Path,
+    params: Params,
 ) -> Registration:
     """The model is a version in the registry, with alias, tags and card; registered twice it stays one version.
 
@@ -60,15 +68,16 @@ def register(
     (nothing is registered), RegistryUnreachable if MLflow does not answer.
     """
     evidence = _check_evidence(model, splits, evaluation, decision, context, params)
-    run_id = tracking.publish(params, model, evaluation, decision)
+    uses = earlier_decisions(evidence.metrics["test_md5"], evidence.metrics["model_digest"])
+    run_id = tracking.publish(params, model, evaluation, decision, validation)
     name, alias = params.registration.model_name, params.registration.alias
     version = register_version(
         model / artifacts.MODEL,
         name,
         alias,
         run_id,
-        version_tags(evidence.metrics, evidence.training),
-        write_card(evidence.metrics, evidence.decision, evidence.training),
+        version_tags(evidence.metrics, evidence.training, uses),
+        write_card(evidence.metrics, evidence.decision, evidence.training, uses),
     )
     tracking.record_registration(run_id, name, version.number)
     if version.alias is None:

@@ -3,23 +3,29 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from braintumor.artifacts import (
+    DIFFERENCE,
     DROPPED,
+    JOINED_GROUPS,
     MANIFEST,
     SPLIT_SUMMARY,
     SPLITS,
+    read_json,
     replacing_directory,
     sha256_of_file,
     write_json,
 )
 from braintumor.data.duplicates import measure_leakage
 from braintumor.data.manifest import file_md5s, list_contents, load_manifest, version_md5
-from braintumor.data.splits import Splits, make_splits, sizes_by_class
+from braintumor.data.split_artifact import test_md5
+from braintumor.data.splits import Splits, make_splits, side_of, sizes_by_class
 from braintumor.errors import UserError, name_some
 from braintumor.evidence.neighbours import NEIGHBOUR_SIZE_PX, nearest_neighbour_accuracy
+from braintumor.evidence.statistics_floor import statistics_accuracy
 from braintumor.labels import SPLIT_NAMES
 from braintumor.model.images import load_images
 from braintumor.params import SplitParams
@@ -37,17 +43,22 @@ class SplitSummary:
     n_dropped: int
     leaked_share: float
     nearest_neighbour_accuracy: float
+    statistics_accuracy: float
     warnings: list[str]
 
 
 def split(
     dataset: Path, validation: Path, output: Path, params: SplitParams, progress: Progress = silent
 ) -> SplitSummary:
-    """Leave splits.csv, dropped.csv and split.json in `output`; refuse a data set that is not the validated one."""
+    """Leave splits.csv, dropped.csv, split.json and joined_groups.json in `output`.
+
+    Raises UserError for a data set that is not the validated one.
+    """
     manifest, data_md5 = load_manifest(validation / MANIFEST)
     _refuse_changed_files(dataset, validation, manifest, data_md5)
     splits = make_splits(manifest, params)
-    floor = _nearest_neighbour_floor(dataset, splits.rows, progress)
+    joined = _joined_groups(validation, manifest, data_md5, splits, params)
+    warnings = [*splits.warnings, *(warning for group in joined for warning in _moves(group))]
     sizes = {name: int((splits.rows["split"] == name).sum()) for name in SPLIT_NAMES}
     with replacing_directory(output) as folder:
         splits.rows.to_csv(folder / SPLITS, index=False, lineterminator="\n")
@@ -55,20 +66,35 @@ def split(
         record = {
             "data_md5": data_md5,
             "splits_sha256": sha256_of_file(folder / SPLITS),
+            "test_md5": test_md5(splits.rows, dict(zip(manifest["path"], manifest["md5"], strict=True))),
             "protocol": params.protocol,
             "claim": splits.claim,
             "sizes": sizes,
+            "groups": splits.rows.groupby("split")["group"].nunique().to_dict(),
             "sizes_by_class": sizes_by_class(splits.rows),
             "n_dropped": len(splits.dropped),
             "leaked_test_images": splits.leaked_test_images,
             "leaked_share": splits.leaked_share,
             "declared_leaked_share": measure_leakage(manifest)["leaked_share"],
-            "nearest_neighbour_accuracy": floor,
+            "nearest_neighbour_accuracy": _nearest_neighbour_floor(dataset, splits.rows, progress),
+            "statistics_accuracy": _statistics_floor(manifest, splits.rows, params),
             "max_share_deviation_seen": splits.max_share_deviation,
             "warnings": splits.warnings,
         }
         write_json(folder / SPLIT_SUMMARY, record)
-    return _summary(output, params, splits, sizes, floor)
+        # Apart from it: another accepted version changes this, and must not train the same split again.
+        write_json(folder / JOINED_GROUPS, {"data_md5": data_md5, "joined_groups": joined})
+    return SplitSummary(
+        output=output,
+        protocol=params.protocol,
+        claim=splits.claim,
+        sizes=sizes,
+        n_dropped=len(splits.dropped),
+        leaked_share=splits.leaked_share,
+        nearest_neighbour_accuracy=record["nearest_neighbour_accuracy"],
+        statistics_accuracy=record["statistics_accuracy"],
+        warnings=warnings,
+    )
 
 
 def _refuse_changed_files(dataset: Path, validation: Path, manifest: pd.DataFrame, data_md5: str) -> None:
@@ -95,14 +121,41 @@ def _nearest_neighbour_floor(dataset: Path, rows: pd.DataFrame, progress: Progre
     )
 
 
-def _summary(output: Path, params: SplitParams, splits: Splits, sizes: dict[str, int], floor: float) -> SplitSummary:
-    return SplitSummary(
-        output=output,
-        protocol=params.protocol,
-        claim=splits.claim,
-        sizes=sizes,
-        n_dropped=len(splits.dropped),
-        leaked_share=splits.leaked_share,
-        nearest_neighbour_accuracy=floor,
-        warnings=splits.warnings,
-    )
+def _statistics_floor(manifest: pd.DataFrame, rows: pd.DataFrame, params: SplitParams) -> float:
+    images = manifest.set_index("path").loc[rows["path"]].assign(split=rows["split"].to_numpy())
+    is_test = images["split"] == "test"
+    return statistics_accuracy(images[~is_test], images[is_test], params.seed)
+
+
+def _joined_groups(
+    validation: Path, manifest: pd.DataFrame, data_md5: str, splits: Splits, params: SplitParams
+) -> list[dict[str, Any]]:
+    """The groups that new images have joined since the last accepted data version, and the sides that they had."""
+    difference = read_json(validation / DIFFERENCE, made_by="braintumor validate")
+    if difference.get("data_md5") != data_md5:
+        raise UserError(f"{validation / DIFFERENCE} is of other data than {MANIFEST}; run 'braintumor validate' again")
+    of_patients = set(manifest.loc[manifest["patient"].notna(), "duplicate_group"])
+    sides = dict(zip(splits.rows["group"], splits.rows["split"], strict=True))
+    return [
+        # Patients link groups further, and which they linked before is not known any more.
+        {**joined, "side": None, "earlier_sides": {}}
+        if joined["group"] in of_patients
+        else {
+            **joined,
+            "side": sides.get(joined["group"], "dropped"),
+            "earlier_sides": {group: side_of(group, params) for group in joined["earlier"]},
+        }
+        for joined in difference.get("joined_groups") or []
+    ]
+
+
+def _moves(joined: Mapping[str, Any]) -> list[str]:
+    """A warning for each earlier group whose images change sides, which makes figures before and after differ."""
+    side = joined["side"]
+    bridges = name_some(joined["bridges"])
+    return [
+        f"group {group} moves from {earlier} to {side}: {bridges} joined it to others"
+        for group, earlier in joined["earlier_sides"].items()
+        # A declared test folder decides for itself, and what is dropped stands on no side.
+        if side in ("train", "val", "calibration") and earlier != side
+    ]

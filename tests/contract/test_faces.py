@@ -20,15 +20,18 @@ STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text
 # What changes how a step tells, stores or records its result, and never the result itself.
 NO_INFLUENCE = {"braintumor", "braintumor.artifacts", "braintumor.errors", "braintumor.params", "braintumor.progress"}
 RECORDS = ("braintumor.registry.",)
-# The data version is checked through these; their own results are files that the stage depends on.
-CHECKS_OF_THE_DATA = {"braintumor.data.manifest", "braintumor.data.duplicates"}
+# The data version and the split are checked through these; their own results are files that the stage depends on.
+CHECKS = {
+    f"braintumor.data.{name}" for name in ("manifest", "duplicates", "oddities", "dvc_remote", "splits", "split_check")
+}
+# They make what MLflow is shown of the data, beside the step's result.
+SHOWN_IN_THE_RUN = {"braintumor.data.profile", "braintumor.data.privacy"}
 EXEMPT = {
     "validate": set(),
-    "split": {"braintumor.data.duplicates"},
-    "train": CHECKS_OF_THE_DATA
-    | {"braintumor.evidence.plots", "braintumor.evidence.metrics", "braintumor.data.dvc_remote"},
-    "evaluate": CHECKS_OF_THE_DATA | {"braintumor.model.densenet", "braintumor.data.dvc_remote"},
-    "gate": set(),
+    "split": {f"braintumor.data.{name}" for name in ("duplicates", "oddities", "split_check")},
+    "train": CHECKS | SHOWN_IN_THE_RUN | {"braintumor.evidence.plots", "braintumor.evidence.metrics"},
+    "evaluate": CHECKS | SHOWN_IN_THE_RUN | {"braintumor.model.densenet"},
+    "gate": SHOWN_IN_THE_RUN,
 }
 
 

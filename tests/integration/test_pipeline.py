@@ -111,7 +111,7 @@ def test_same_seed_trains_the_same_model(
 ) -> None:
     dataset_maker(tmp_path / "data")
     params_writer(tmp_path / "params.yaml", train={"head_epochs": 2})
-    assert [braintumor(step).code for step in ("validate", "split")] == [0, 0]
+    assert [braintumor(step).code for step in ("resolve", "validate", "split")] == [0, 0, 0]
     digests = []
     for name in ("one", "two"):
         ended = braintumor("train", "--output", tmp_path / name)

@@ -89,7 +89,7 @@ def server(address: str, no_store: Path, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.fixture
 def passed(make_folders: Callable[..., Any], params: Params, server: str) -> Any:
     folders = make_folders()
-    gate(folders.evaluation, folders.context, folders.decision, params.gate)
+    gate(folders.evaluation, folders.context, folders.validation, folders.decision, params.gate)
     return folders
 
 
@@ -100,6 +100,7 @@ def run_register(folders: Any, params: Params) -> Any:
         folders.evaluation,
         folders.decision,
         folders.context,
+        folders.validation,
         folders.registration,
         params,
     )

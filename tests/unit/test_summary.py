@@ -7,7 +7,7 @@ from braintumor.artifacts import sha256_of_file, write_json
 from braintumor.errors import UserError
 from braintumor.summary import RunFiles, show_summary, summarise
 
-DATA, SPLITS, MODEL = "a" * 32, "b" * 64, "c" * 64
+DATA, SPLITS, MODEL, TEST = "a" * 32, "b" * 64, "c" * 64, "d" * 32
 
 
 @pytest.fixture
@@ -20,6 +20,7 @@ def build(tmp_path: Path) -> Path:
     split = {
         "data_md5": DATA, "splits_sha256": SPLITS, "protocol": "official", "claim": "patient-disjoint",
         "sizes": {"train": 489, "val": 91, "calibration": 71, "test": 230}, "nearest_neighbour_accuracy": 0.278,
+        "statistics_accuracy": 0.312, "test_md5": TEST,
     }  # fmt: skip
     write_json(tmp_path / "split/split.json", split)
     training = {
@@ -34,6 +35,7 @@ def build(tmp_path: Path) -> Path:
     }  # fmt: skip
     write_json(tmp_path / "evaluation/metrics.json", metrics)
     decide(tmp_path, passed=True)
+    write_json(tmp_path / "gate/test_uses.json", {"test_md5": TEST, "earlier_decisions": 2})
     registration = {"model_digest": MODEL, "model_name": "densenet", "version": "3", "alias": "challenger"}
     write_json(tmp_path / "registration/registration.json", registration)
     return tmp_path
@@ -56,10 +58,18 @@ def test_whole_run_is_told_in_one_table(build: Path) -> None:
     assert told["copies"].startswith("22; 25.0% of the declared test images")
     assert told["split"] == "489 train, 91 val, 71 calibration, 230 test (official; patient-disjoint)"
     assert told["training"].startswith("22 epochs in 90 s, kept epoch 21")
-    assert told["1-nearest-neighbour floor"] == "27.8%"
+    assert told["floors"].startswith("27.8% by the nearest neighbour, 31.2% by")
+    assert told["test set"] == "used for 2 earlier decisions"
     assert told["test accuracy"].startswith("97.83%  (95% interval 95.3% to 99.6%, 230 images")
     assert told["gate"] == "passed, 1 checks"
     assert told["registered"] == "densenet version 3 (challenger)"
+
+
+def test_uses_that_nobody_could_count_and_those_of_another_test_set_are_told_as_such(build: Path) -> None:
+    write_json(build / "gate/test_uses.json", {"test_md5": TEST, "earlier_decisions": None})
+    assert "not known" in rows(build)["test set"]
+    write_json(build / "gate/test_uses.json", {"test_md5": "e" * 32, "earlier_decisions": 2})
+    assert rows(build)["test set"].startswith("stale")
 
 
 def test_new_data_make_everything_after_them_stale(build: Path) -> None:

@@ -68,7 +68,7 @@ def test_no_copy_and_no_patient_stands_on_two_sides(images: pd.DataFrame, protoc
 
 
 @settings(max_examples=40, deadline=None)
-@given(images=linked_images(), data=st.data(), protocol=st.sampled_from(["official", "grouped", "declared"]))
+@given(images=linked_images(), data=st.data(), protocol=st.sampled_from(["official", "grouped", "declared", "control"]))
 def test_the_order_of_the_rows_changes_nothing(images: pd.DataFrame, data: st.DataObject, protocol: str) -> None:
     order = data.draw(st.permutations(range(len(images))))
     splits, shuffled = (
@@ -127,6 +127,49 @@ def test_declared_keeps_the_leaks_counts_them_and_says_so() -> None:
     assert (splits.rows.loc[splits.rows["path"].str.startswith("test/"), "split"] == "test").all()
 
 
+def test_the_control_is_as_large_as_official_on_each_side_and_in_each_class_and_keeps_copies() -> None:
+    copies = [(f"copy{number}", "train", f"g-test-glioma-{number}", None) for number in range(20)]
+    images = with_rows(base_images(), *copies)
+    official, control = (make_splits(images, use(protocol=protocol)) for protocol in ("official", "control"))
+    counts = ["split", "label"]
+    pd.testing.assert_series_equal(official.rows.groupby(counts).size(), control.rows.groupby(counts).size())
+    assert set(control.rows.loc[control.rows["split"] == "test", "path"]) == set(
+        official.rows.loc[official.rows["split"] == "test", "path"]
+    )
+    assert (official.leaked_test_images, control.claim) == (0, "leaks kept")
+    assert control.leaked_test_images > 0
+    assert set(control.dropped["reason"]) == {"not drawn for the control"}
+    assert len(control.dropped) == len(official.dropped) == 20
+
+
+def test_slices_of_a_volume_of_an_unknown_patient_stay_together_and_prove_nothing() -> None:
+    images = base_images()
+    images["patient"] = [f"p{index}" for index in range(len(images))]
+    images.loc[images["path"].isin(["train/glioma/1.png", "train/glioma/2.png"]), "patient"] = "volume-12ab"
+    splits = make_splits(images, PARAMS)
+    sides = splits.rows.set_index("path")["split"]
+    assert sides["train/glioma/1.png"] == sides["train/glioma/2.png"]
+    assert splits.claim == "copy-free, patients unknown"
+
+
+@pytest.mark.parametrize(
+    ("other", "claim"),
+    [("patient-aaaaaa-0123456789abcdef", "patient-disjoint"), ("patient-bbbbbb-0123456789abcdef", None), ("p1", None)],
+)
+def test_patients_named_in_two_ways_may_be_one_person(other: str, claim: str | None) -> None:
+    images = base_images()
+    images["patient"] = [f"patient-aaaaaa-{index:016x}" for index in range(len(images))]
+    images.loc[0, "patient"] = other
+    assert make_splits(images, PARAMS).claim == (claim or "copy-free, patients unknown")
+
+
+def test_a_side_that_a_large_group_bloats_is_warned_of() -> None:
+    place = next(name for name in (f"h{n}" for n in range(99)) if 0 < position(name, 20, "development") < 0.15)
+    images = with_rows(base_images(), *((f"copy{number}", "train", place, None) for number in range(200)))
+    warnings = make_splits(images, use(max_share_deviation=0.3)).warnings
+    assert any(warning.startswith("val holds 5") and "expected 15%" in warning for warning in warnings)
+
+
 def test_units_chain_over_copies_and_patients_and_take_the_smallest_group_name() -> None:
     images = with_rows(
         pd.DataFrame(columns=COLUMNS),
@@ -168,7 +211,7 @@ def test_a_share_that_is_off_is_measured_and_warned_of() -> None:
     assert not make_splits(base_images(), use(max_share_deviation=1.0)).warnings
 
 
-@pytest.mark.parametrize("protocol", ["official", "grouped", "declared"])
+@pytest.mark.parametrize("protocol", ["official", "grouped", "declared", "control"])
 def test_a_class_missing_from_a_side_is_refused(protocol: str) -> None:
     images = base_images()
     few = images[(images["label"] != "notumor") | (images["path"].isin(["train/notumor/0.png", "test/notumor/0.png"]))]
@@ -176,9 +219,14 @@ def test_a_class_missing_from_a_side_is_refused(protocol: str) -> None:
         make_splits(few, use(protocol=protocol))
 
 
+def test_one_group_of_all_images_is_told_as_such() -> None:
+    with pytest.raises(UserError, match="all images are in one group"):
+        make_splits(base_images().assign(duplicate_group="g"), use(protocol="grouped"))
+
+
 def test_no_declared_test_images_are_refused_where_they_are_needed() -> None:
     images = base_images().query("declared_split == 'train'")
-    with pytest.raises(UserError, match="test holds no glioma"):
+    with pytest.raises(UserError, match=r"test holds no glioma.*under test/"):
         make_splits(images, PARAMS)
     assert make_splits(images, use(protocol="grouped")).rows["split"].nunique() == 4
 

@@ -23,7 +23,7 @@ def _no_store(no_store: Path) -> None:
 def run(folders: Any, params: Params) -> dict[str, Any]:
     """Run the gate, and return what it wrote, whatever the verdict."""
     with contextlib.suppress(GateNotPassed):
-        gate(folders.evaluation, folders.context, folders.decision, params.gate)
+        gate(folders.evaluation, folders.context, folders.validation, folders.decision, params.gate)
     content: dict[str, Any] = json.loads((folders.decision / artifacts.DECISION).read_text())
     return content
 
@@ -34,7 +34,7 @@ def failed(decision: dict[str, Any]) -> set[str]:
 
 def test_a_good_model_passes_and_the_decision_binds_what_was_judged(make_folders: MakeFolders, params: Params) -> None:
     folders = make_folders()
-    assert gate(folders.evaluation, folders.context, folders.decision, params.gate).passed
+    assert gate(folders.evaluation, folders.context, folders.validation, folders.decision, params.gate).passed
     decision = run(folders, params)
     metrics = json.loads((folders.evaluation / artifacts.METRICS).read_text())
     assert decision["passed"] is True and failed(decision) == set()
@@ -51,7 +51,7 @@ def test_a_good_model_passes_and_the_decision_binds_what_was_judged(make_folders
 def test_a_weak_model_does_not_pass_and_the_decision_says_why(make_folders: MakeFolders, params: Params) -> None:
     folders = make_folders(n_wrong=20)
     with pytest.raises(GateNotPassed, match="accuracy") as caught:
-        gate(folders.evaluation, folders.context, folders.decision, params.gate)
+        gate(folders.evaluation, folders.context, folders.validation, folders.decision, params.gate)
     assert caught.value.exit_code == 4
     decision = json.loads((folders.decision / artifacts.DECISION).read_text())
     assert decision["passed"] is False
@@ -114,7 +114,7 @@ def test_metrics_that_can_not_be_read_are_a_user_error_and_leave_no_decision(
     else:
         file.write_text(content)
     with pytest.raises(UserError, match="braintumor evaluate"):
-        gate(folders.evaluation, folders.context, folders.decision, params.gate)
+        gate(folders.evaluation, folders.context, folders.validation, folders.decision, params.gate)
     assert not folders.decision.exists()
 
 
@@ -125,7 +125,7 @@ def test_a_context_without_a_data_version_is_a_user_error(
     folders = make_folders()
     folders.edit(folders.context / artifacts.CONTEXT, data_md5=value)
     with pytest.raises(UserError, match="braintumor resolve"):
-        gate(folders.evaluation, folders.context, folders.decision, params.gate)
+        gate(folders.evaluation, folders.context, folders.validation, folders.decision, params.gate)
     assert not folders.decision.exists()
 
 
@@ -133,6 +133,6 @@ def test_mlflow_that_is_away_does_not_keep_the_gate_from_deciding(
     make_folders: MakeFolders, params: Params, no_server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = make_folders()
-    assert gate(folders.evaluation, folders.context, folders.decision, params.gate).passed
+    assert gate(folders.evaluation, folders.context, folders.validation, folders.decision, params.gate).passed
     assert (folders.decision / artifacts.DECISION).is_file()
     assert no_server in capsys.readouterr().err

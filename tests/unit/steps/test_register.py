@@ -21,7 +21,7 @@ MakeFolders = Callable[..., Any]
 
 
 def run_gate(folders: Any, params: Params) -> None:
-    gate(folders.evaluation, folders.context, folders.decision, params.gate)
+    gate(folders.evaluation, folders.context, folders.validation, folders.decision, params.gate)
 
 
 def run_register(folders: Any, params: Params) -> Registration:
@@ -31,6 +31,7 @@ def run_register(folders: Any, params: Params) -> Registration:
         folders.evaluation,
         folders.decision,
         folders.context,
+        folders.validation,
         folders.registration,
         params,
     )

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from braintumor.artifacts import sha256_of_file
-from braintumor.data.manifest import dataset_md5, survey, write_manifest
+from braintumor.artifacts import sha256_of_file, write_json
+from braintumor.data.manifest import dataset_md5, load_manifest, survey, write_manifest
 from braintumor.data.split_artifact import load_split
+from braintumor.data.splits import make_splits, side_of
 from braintumor.errors import UserError
 from braintumor.labels import CLASS_NAMES, SPLIT_NAMES
 from braintumor.params import SplitParams
@@ -44,6 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     surveyed = survey(root / "data", 1, 0.9)
     (root / "validation").mkdir()
     write_manifest(surveyed.images, surveyed.data_md5, root / "validation/manifest.parquet")
+    write_json(root / "validation/difference.json", {"data_md5": surveyed.data_md5, "accepted": None})
     return root
 
 
@@ -78,7 +80,70 @@ def test_official_leaves_a_split_that_later_steps_accept(folders: tuple[Path, Pa
     assert (record["n_dropped"], record["leaked_test_images"], record["leaked_share"]) == (1, 0, 0.0)
     assert 0 <= record["nearest_neighbour_accuracy"] <= 0.6
     assert record["max_share_deviation_seen"] >= 0
+    assert 0 <= record["statistics_accuracy"] <= 0.6
+    assert record["groups"]["test"] == 32
+    assert json.loads((output / "joined_groups.json").read_text())["joined_groups"] == []
     assert load_split(output).sha256 == record["splits_sha256"]
+
+
+def test_the_name_of_the_test_set_follows_contents_and_labels_not_names(folders: tuple[Path, Path, Path]) -> None:
+    dataset, validation, output = folders
+    names = []
+    for change in ("none", "renamed", "train side", "relabelled"):
+        match change:
+            case "renamed":
+                (dataset / "test/glioma/30.png").rename(dataset / "test/glioma/other.png")
+            case "train side":
+                draw(dataset / "train/glioma/new.png", 999)
+            case "relabelled":
+                (dataset / "test/glioma/31.png").rename(dataset / "test/notumor/31-glioma.png")
+        surveyed = survey(dataset, 1, 0.9)
+        write_manifest(surveyed.images, surveyed.data_md5, validation / "manifest.parquet")
+        write_json(validation / "difference.json", {"data_md5": surveyed.data_md5})
+        split(dataset, validation, output, PARAMS)
+        names.append(json.loads((output / "split.json").read_text())["test_md5"])
+    assert names[0] == names[1] == names[2] != names[3]
+
+
+def test_groups_that_a_new_image_joined_are_listed_with_their_sides(folders: tuple[Path, Path, Path]) -> None:
+    dataset, validation, output = folders
+    manifest, data_md5 = load_manifest(validation / "manifest.parquet")
+    joined = manifest.loc[manifest["path"] == "train/glioma/3.png", "duplicate_group"].item()
+    side = make_splits(manifest, PARAMS).rows.set_index("path").loc["train/glioma/3.png", "split"]
+    names = (f"g{number:012x}" for number in range(1000))
+    other = next(name for name in names if side_of(name, PARAMS) != side)
+    groups = [{"group": joined, "earlier": sorted([joined, other]), "bridges": ["train/glioma/3.png"]}]
+    write_json(validation / "difference.json", {"data_md5": data_md5, "joined_groups": groups})
+    summary = split(dataset, validation, output, PARAMS)
+    record = json.loads((output / "joined_groups.json").read_text())
+    assert record["joined_groups"] == [
+        {**groups[0], "side": side, "earlier_sides": {joined: side, other: side_of(other, PARAMS)}}
+    ]
+    assert [warning for warning in summary.warnings if other in warning and "train/glioma/3.png" in warning]
+    with_joined = (output / "split.json").read_bytes()
+    write_json(validation / "difference.json", {"data_md5": data_md5, "accepted": None})
+    split(dataset, validation, output, PARAMS)
+    assert (output / "split.json").read_bytes() == with_joined
+
+
+def test_a_difference_of_other_data_is_refused(folders: tuple[Path, Path, Path]) -> None:
+    dataset, validation, output = folders
+    write_json(validation / "difference.json", {"data_md5": "0" * 32})
+    with pytest.raises(UserError, match=r"difference\.json is of other data"):
+        split(dataset, validation, output, PARAMS)
+
+
+def test_a_split_with_a_group_on_two_sides_is_refused_whoever_wrote_it(folders: tuple[Path, Path, Path]) -> None:
+    dataset, validation, output = folders
+    split(dataset, validation, output, PARAMS)
+    rows = pd.read_csv(output / "splits.csv", dtype=str)
+    test_group = rows.loc[rows["split"] == "test", "group"].iloc[0]
+    rows.loc[rows.index[rows["split"] == "train"][0], "group"] = test_group
+    rows.to_csv(output / "splits.csv", index=False, lineterminator="\n")
+    record = json.loads((output / "split.json").read_text())
+    write_json(output / "split.json", record | {"splits_sha256": sha256_of_file(output / "splits.csv")})
+    with pytest.raises(UserError, match="share a group with images on another side"):
+        load_split(output)
 
 
 def test_declared_counts_its_leak_and_grouped_has_none(folders: tuple[Path, Path, Path]) -> None:
