@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help demo data ui test lint lock pretrain-sample sample clean
+.PHONY: help demo data ui test lint lock pretrain-sample sample bench-copies clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -47,6 +47,12 @@ sample: $(VENV)/dev  ## draw the sample images anew, into build/sample
 
 pretrain-sample: $(VENV)/dev  ## pre-train the sample's backbone anew; more than an hour on two cores
 	braintumor model pretrain-sample build/pretrain/densenet201-phantoms.weights.h5
+
+DATASET ?= data
+bench-copies: $(VENV)/run data  ## how many copies of DATASET the search finds, the pairs that decide, and its speed
+	python bench/copies.py --dataset $(DATASET)
+	python bench/borderline.py --dataset $(DATASET)
+	python bench/fingerprints.py
 
 clean:  ## remove what a run leaves: outputs and the registry of this folder
 	rm -rf build mlflow.db mlruns mlartifacts

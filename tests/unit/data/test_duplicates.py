@@ -1,3 +1,4 @@
+import importlib.util
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from braintumor.model.images import decode_grey
 
 Grey = NDArray[np.uint8]
 REAL_SET = Path(__file__).parents[4] / "shared" / "brain-tumor-mri"
+BENCH = Path(__file__).parents[3] / "bench"
 needs_real_set = pytest.mark.skipif(not REAL_SET.is_dir(), reason=f"{REAL_SET} is absent")
 
 
@@ -38,7 +40,10 @@ def resized(grey: Grey, size: tuple[int, int]) -> Grey:
     return np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC))
 
 
-def groups_of(images: list[Grey], copy_correlation: float = 0.9) -> list[str]:
+COPY_CORRELATION = 0.88
+
+
+def groups_of(images: list[Grey], copy_correlation: float = COPY_CORRELATION) -> list[str]:
     names = [f"{index:02d}" + "0" * 62 for index in range(len(images))]
     return group_copies(
         names, [None] * len(images), np.stack([fingerprint(image) for image in images]), copy_correlation
@@ -62,8 +67,10 @@ def test_a_mirrored_or_turned_copy_is_in_the_group_of_its_original(steps: tuple[
         lambda grey: resized(grey, (160, 120)),
         lambda grey: np.clip(grey * 1.15 + 6, 0, 255).astype(np.uint8),
         lambda grey: (grey * 0.6).astype(np.uint8),
+        lambda grey: np.rint(255 * (grey / 255) ** 0.6).astype(np.uint8),
+        lambda grey: np.clip(grey + 4.0 * (grey - gaussian_filter(grey.astype(float), 1)), 0, 255).astype(np.uint8),
     ],
-    ids=["recompressed", "smaller", "larger", "squeezed", "brighter", "darker"],
+    ids=["recompressed", "smaller", "larger", "squeezed", "brighter", "darker", "gamma", "sharpened"],
 )
 def test_an_altered_copy_is_in_the_group_of_its_original(alter: Callable[[Grey], Grey]) -> None:
     original = draw_slice(3)
@@ -73,6 +80,13 @@ def test_an_altered_copy_is_in_the_group_of_its_original(alter: Callable[[Grey],
 
 def test_different_slices_of_the_same_outline_are_not_copies() -> None:
     assert len(set(groups_of([draw_slice(seed) for seed in range(40)]))) == 40
+
+
+def test_slices_that_share_no_more_than_a_bright_skull_are_not_copies() -> None:
+    y, x = np.mgrid[-1:1:160j, -1:1:160j]
+    skull = np.exp(-((np.hypot(x / 0.75, y / 0.9) - 1) ** 2) / 0.001)
+    heads = [np.clip(draw_slice(seed) * 0.3 + 220 * skull, 0, 255).astype(np.uint8) for seed in range(12)]
+    assert len(set(groups_of(heads))) == 12
 
 
 def test_nearly_constant_images_are_copies_only_where_they_are_equal() -> None:
@@ -104,6 +118,39 @@ def test_group_names_depend_neither_on_order_nor_on_blocks(monkeypatch: pytest.M
     assert shuffled == [expected[place] for place in order]
 
 
+@pytest.mark.parametrize("steps", SYMMETRIES)
+def test_the_search_finds_a_pair_in_its_own_symmetry_with_its_correlation(steps: tuple[int, int]) -> None:
+    rows, columns = steps
+    original = fingerprint(draw_slice(1))
+    copy = fingerprint(recompressed(draw_slice(1)[::rows, ::columns]))
+    prints = np.stack([fingerprint(draw_slice(2)), original, copy])
+    found = [
+        (
+            pairs.first.tolist(),
+            pairs.second.tolist(),
+            SYMMETRIES[pairs.symmetry[0]],
+            duplicates.correlations(prints, pairs),
+        )
+        for pairs in duplicates.similar_pairs(prints, 0.8)
+        if len(pairs.first)
+    ]
+    ((first, second, symmetry, correlation),) = found
+    assert (first, second, symmetry) == ([1], [2], steps)
+    assert correlation[0] == pytest.approx(float((original * copy[::rows, ::columns].astype(float)).sum()), abs=1e-3)
+
+
+def test_the_groups_of_synthetic_fingerprints_are_found_and_no_others() -> None:
+    specification = importlib.util.spec_from_file_location("fingerprints", BENCH / "fingerprints.py")
+    assert specification is not None and specification.loader is not None
+    bench = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(bench)
+    prints, truth = bench.draw(1500, np.random.default_rng(1))
+    groups = group_copies([f"{index:012d}" for index in range(1500)], [None] * 1500, prints, COPY_CORRELATION)
+    judgement = bench.judge(groups, truth)
+    assert (judgement["torn_groups"], judgement["false_groups"]) == (0, 0)
+    assert len(set(groups)) == len(set(truth)) < 1000
+
+
 def test_no_images_have_no_groups() -> None:
     assert group_copies([], [], np.zeros((0, 96, 96), np.float16), 0.9) == []
 
@@ -127,7 +174,7 @@ def test_the_coarse_search_loses_no_copy_that_an_exhaustive_one_finds() -> None:
         [vectors @ prints[:, ::rows, ::columns].reshape(len(prints), -1).T for rows, columns in SYMMETRIES], axis=0
     )
     groups = np.array(groups_of(images))
-    first, second = np.nonzero(np.triu(correlation > 0.9, 1))
+    first, second = np.nonzero(np.triu(correlation > COPY_CORRELATION, 1))
     assert len(first) > 200
     assert (groups[first] == groups[second]).all()
 
@@ -147,12 +194,30 @@ def test_leakage_counts_test_images_with_a_copy_in_training() -> None:
     assert (leakage["n_images"], leakage["n_groups"], leakage["n_copies"], leakage["exact_copies"]) == (5, 2, 3, 1)
     assert (leakage["leaked_test_images"], leakage["n_test"], leakage["groups_across_splits"]) == (2, 3, 1)
     assert leakage["leaked_share"] == pytest.approx(2 / 3)
+    assert leakage["copies"] == {
+        "train": {"groups": 0, "images": 0},
+        "test": {"groups": 0, "images": 0},
+        "across": {"groups": 1, "images": 4},
+    }
     assert leakage["patients"] == {"known": 2, "unknown": 2, "across_splits": 1}
     assert leakage["largest_groups"] == [{"group": "g1", "size": 4}]
     (conflict,) = leakage["label_conflicts"]
     assert conflict["group"] == "g1"
     assert conflict["labels"] == ["glioma", "notumor"]
     assert "train/notumor/e.png" in conflict["paths"]
+
+
+def test_copies_are_counted_within_and_across_the_splits() -> None:
+    places = {"a": "train train train", "b": "train train", "c": "test test", "d": "test train train", "e": "train"}
+    rows = [(group, split) for group, splits in places.items() for split in splits.split()]
+    images = pd.DataFrame(rows, columns=["duplicate_group", "declared_split"])
+    names = [f"{index}" for index in range(len(rows))]
+    images = images.assign(path=names, label="glioma", sha256=names, patient=None)
+    assert measure_leakage(images)["copies"] == {
+        "train": {"groups": 2, "images": 5},
+        "test": {"groups": 1, "images": 2},
+        "across": {"groups": 1, "images": 3},
+    }
 
 
 def test_leaked_share_is_null_without_test_images() -> None:

@@ -1,0 +1,130 @@
+"""Pages that load nothing: readable on a phone, in the dark and by a screen reader."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --bad: #c0392b; --good: #1e8449; --info: #2471a3;
+  --warn: #9a6200; --bar: #2471a3; }
+@media (prefers-color-scheme: dark) { :root { --bad: #ff8a7a; --good: #6fcf97; --info: #7cc0f0; --warn: #e6b35a;
+  --bar: #3d7ea6; } }
+body { font: 15px/1.5 system-ui, Helvetica, Arial, sans-serif; margin: 0 auto; max-width: 1200px; padding: 1rem; }
+.row { display: flex; flex-wrap: wrap; gap: 1rem; } .row > .col-md-10 { flex: 1 1 40rem; min-width: 0; }
+.row > .col-lg-2 { flex: 0 1 14rem; } .row > .col-12 { flex: 1 0 100%; } .row > .col-6 { flex: 1 1 45%; }
+.card, .alert { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .9rem; margin: .5rem 0; }
+.alert { background: var(--soft); } .card:has(.btn-group-toggle) { display: none; }
+h1 { font-size: 1.5rem; } h2, h4 { font-size: 1.15rem; } h3, h5, h6 { font-size: 1rem; margin: .4rem 0; }
+h2 { border-top: 1px solid var(--line); margin-top: 2rem; padding-top: .8rem; }
+table { border-collapse: collapse; width: 100%; } th { text-align: left; }
+td, th { border-bottom: 1px solid var(--line); padding: .3rem .6rem .3rem 0; vertical-align: top; }
+.table-responsive, .show-scrollbars, .wide { overflow-x: auto; }
+li, figcaption, code, .wide td { overflow-wrap: anywhere; } .wide td:first-child { overflow-wrap: normal; }
+.wide { margin: .6rem 0 1.2rem; } .wide > table { width: auto; } .wide td, .wide th { padding-right: 1.2rem; }
+th.number { text-align: right; } details > ul, details > ol { max-height: 24rem; overflow-y: auto; }
+td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+ul.nav, ol.breadcrumb { list-style: none; padding: 0; } ol.breadcrumb { display: flex; gap: .8rem; }
+a { color: var(--info); } .text-success, .passed { color: var(--good); } .text-info { color: var(--info); }
+.text-danger, .critical { color: var(--bad); } .text-warning, .warning { color: var(--warn); }
+.critical, .warning, .passed { font-weight: 600; }
+.fa-check-circle::before { content: "\\2713"; } .fa-times::before { content: "\\2717"; }
+.fa-exclamation-triangle::before { content: "!"; } .fa-comment::before { content: "\\2022"; }
+dl.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem; }
+dl.figures > div { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .8rem; }
+dl.figures dt { font-size: .85rem; } dl.figures dd { margin: 0; font-size: 1.35rem; font-weight: 600; }
+dl.figures dd small { display: block; font-size: .8rem; font-weight: 400; }
+.bar { display: block; background: var(--bar); height: 1em; margin-top: .25em; border-radius: .2em; min-width: 1px; }
+td:has(> .bar) { width: 24rem; min-width: 6rem; } caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+.sheets { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; } .sheets > figure { margin: 0; }
+figure { max-width: 100%; } figure img { max-width: 100%; height: auto; display: block; } details { margin: .3rem 0; }
+figcaption { font-size: .9rem; max-width: 45rem; } summary { cursor: pointer; }
+"""
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+class Html(str):
+    """Markup: all other text is escaped."""
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A whole page; `parts` are markup."""
+    return _PAGE.format(title=escape(title), style=STYLE, body="\n".join(parts))
+
+
+def markup(value: object) -> str:
+    """`value` as it stands in a page."""
+    return str(value) if isinstance(value, Html) else escape(str(value))
+
+
+def element(name: str, content: object, attributes: str = "") -> Html:
+    """One element around `content`; `attributes` are markup."""
+    return Html(f"<{name}{attributes and ' ' + attributes}>{markup(content)}</{name}>")
+
+
+def joined(parts: Iterable[object]) -> Html:
+    """The parts, one after the other."""
+    return Html("\n".join(markup(part) for part in parts))
+
+
+def link(address: str, text: object) -> Html:
+    """A link to another page of the same folder."""
+    return element("a", text, f'href="{escape(address)}"')
+
+
+def listed(items: Iterable[object]) -> Html:
+    """An unordered list."""
+    return element("ul", joined(element("li", item) for item in items))
+
+
+def folded(summary: str, content: object) -> Html:
+    """Content that a click opens."""
+    return element("details", joined([element("summary", summary), content]))
+
+
+def figures(entries: Iterable[tuple[str, object, str]]) -> Html:
+    """Key figures: (what, value, remark) each."""
+    cards = [
+        element("div", joined([element("dt", what), element("dd", joined([value, element("small", remark)]))]))
+        for what, value, remark in entries
+    ]
+    return element("dl", joined(cards), 'class="figures"')
+
+
+def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
+    """A table; whole numbers stand right, and are read in thousands."""
+    cells = [list(row) for row in rows]
+    body = [element("tr", joined(map(_cell, row))) for row in cells]
+    is_number = [isinstance(cell, int) for cell in cells[0]] if cells else [False] * len(head)
+    # A column of bars has no name: a screen reader has the numbers.
+    names = [
+        element("th", name, 'scope="col" class="number"' if number else 'scope="col"') if name else Html("<td></td>")
+        for name, number in zip(head, is_number, strict=True)
+    ]
+    inner = [
+        element("caption", caption),
+        element("thead", element("tr", joined(names))),
+        element("tbody", joined(body)),
+    ]
+    return element("div", element("table", joined(inner)), 'class="wide"')
+
+
+def bar(share: float) -> Html:
+    """A bar in a table's cell, beside the number that it shows; 1 fills the cell."""
+    return Html(f'<span class="bar" aria-hidden="true" style="width: {max(0.0, min(1.0, share)):.1%}"></span>')
+
+
+def _cell(content: object) -> Html:
+    if isinstance(content, int):
+        return element("td", f"{content:,}", 'class="number"')
+    return element("td", content)
