@@ -59,7 +59,7 @@ def test_whole_run_ends_with_a_challenger_that_gives_the_same_probabilities(
             np.testing.assert_allclose([one["probabilities"][name] for name in CLASS_NAMES], expected, atol=2e-6)
 
     ended = braintumor("summary")
-    assert "brain-tumor-densenet201 version 1 (challenger)" in ended.out
+    assert "brain-tumor-phantoms version 1 (challenger)" in ended.out
 
 
 def test_training_survives_mlflow_being_down_and_running_again_finishes_the_rest(

@@ -26,7 +26,7 @@ from braintumor.registry.versions import champion, download_model
 from braintumor.steps.gate import gate
 from braintumor.steps.register import register
 
-NAME = "brain-tumor-densenet201"
+NAME = "brain-tumor-phantoms"
 STARTUP_S = 120
 
 

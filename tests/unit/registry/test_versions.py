@@ -23,7 +23,7 @@ from braintumor.registry.versions import (
     register_version,
 )
 
-NAME = "brain-tumor-densenet201"
+NAME = "brain-tumor-phantoms"
 PRESENT = "e" * 32
 Register = Callable[..., Any]
 

@@ -16,7 +16,7 @@ from braintumor.registry.server import connected
 from braintumor.steps.gate import gate
 from braintumor.steps.register import Registration, register
 
-NAME = "brain-tumor-densenet201"
+NAME = "brain-tumor-phantoms"
 MakeFolders = Callable[..., Any]
 
 

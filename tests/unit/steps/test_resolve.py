@@ -40,7 +40,7 @@ def test_resolve_names_the_data_version_and_no_champion(
     assert written == {
         "data_md5": dvc_md5(dataset),
         "n_images": 2,
-        "model_name": "brain-tumor-densenet201",
+        "model_name": "brain-tumor-phantoms",
         "champion": None,
         "accepted": None,
     }
