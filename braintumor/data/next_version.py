@@ -116,7 +116,7 @@ def _arrow(label: str, before: int, after: int) -> str:
 def next_commands(dataset: Path, message: str) -> str:
     """What a person types to make the changed data set a version, and to use it."""
     folder = brief(dataset)
-    return f"next: dvc add {folder} && git commit -m '{message}' {folder}.dvc && braintumor validate"
+    return f"next: dvc add {folder} && git commit -m '{message}' {folder}.dvc && dvc repro validate"
 
 
 def brief(path: Path) -> Path:
