@@ -19,6 +19,7 @@ from braintumor.data import contact_sheets
 from braintumor.data.contact_sheets import Sheet, draw_copies, draw_odd_images
 from braintumor.data.expectations import Finding
 from braintumor.data.html_page import (
+    POLICY,
     STYLE,
     Html,
     bar,
@@ -133,7 +134,7 @@ def make_self_contained(docs: Path) -> None:
     shutil.rmtree(docs / UNUSED, ignore_errors=True)
     for file in docs.rglob("*.html"):
         kept = _FOREIGN.sub("", file.read_text(encoding="utf-8"))
-        write_text(file, _ADDRESS.sub('href="#"', kept).replace("</head>", f"<style>{STYLE}</style></head>", 1))
+        write_text(file, _ADDRESS.sub('href="#"', kept).replace("</head>", f"{POLICY}<style>{STYLE}</style></head>", 1))
 
 
 def _expectations(docs: Path) -> list[Html]:

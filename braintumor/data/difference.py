@@ -58,7 +58,7 @@ class Difference:
     renamed: int | None  # None where all names of the earlier version were hashed
     rewritten: int  # other bytes, same pixels
     regrouped: int  # images, in both versions, whose duplicate group has another name now
-    joined_groups: list[dict[str, Any]]  # group, earlier: their names, bridges: paths of the new images in it
+    joined_groups: list[dict[str, Any]]  # also renamed ones: group, earlier names, bridges: paths of its new images
     gone: dict[str, float]  # share of the earlier images, and of each class of them, that were removed
     label_mix: dict[str, tuple[float, float]]  # share of each class before and now
     drift: dict[str, Drift]  # of each statistic
@@ -191,7 +191,8 @@ def _joined_groups(now: pd.DataFrame, before: pd.DataFrame, added: pd.DataFrame)
     return [
         {"group": group, "earlier": sorted(names.unique()), "bridges": sorted(bridges.get(group, []))}
         for group, names in earlier.groupby(level=0)
-        if names.nunique() > 1
+        # A name decides a side of the split: a group that got another one may move as well.
+        if set(names) != {group}
     ]
 
 

@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from braintumor.labels import DECLARED_SPLITS
+from braintumor.labels import DECLARED_SPLITS, UNKNOWN_PATIENT_PREFIX
 
 FINGERPRINT_PX = 96
 COARSE_PX = 32
@@ -196,6 +196,7 @@ def measure_leakage(images: pd.DataFrame) -> dict[str, Any]:
         ((str(group), int(size)) for group, size in groups.value_counts().items()), key=lambda it: (-it[1], it[0])
     )
     patients = images["patient"].dropna()
+    known = patients[~patients.astype(str).str.startswith(UNKNOWN_PATIENT_PREFIX)]
     shared_patients = set(patients[is_test]) & set(patients[~is_test])
     return {
         "n_images": len(images),
@@ -209,8 +210,8 @@ def measure_leakage(images: pd.DataFrame) -> dict[str, Any]:
         "leaked_share": float(is_leaked.sum() / is_test.sum()) if is_test.any() else None,
         "label_conflicts": _label_conflicts(images),
         "patients": {
-            "known": int(patients.nunique()),
-            "unknown": int(images["patient"].isna().sum()),
+            "known": int(known.nunique()),
+            "unknown": len(images) - len(known),
             "across_splits": len(shared_patients),
         },
         "largest_groups": [{"group": group, "size": size} for group, size in sizes[:10] if size > 1],

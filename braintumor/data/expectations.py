@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -146,7 +147,11 @@ class _Names:
         """Each group, what it was before, and the new images that joined it."""
 
         def named(joined: Mapping[str, Any], bridges: Iterable[str]) -> str:
-            by = f"by {', '.join(bridges)}" if joined["bridges"] else "by no new image: the rule for copies has changed"
+            by = (
+                f"by {', '.join(bridges)}"
+                if joined["bridges"]
+                else "by no new image: images were removed, or the rule for copies has changed"
+            )
             return f"{joined['group']} (was {', '.join(joined['earlier'])}; joined {by})"
 
         return Culprits(
@@ -184,8 +189,12 @@ def _images_suite(survey: Survey, params: ValidateParams, names: _Names) -> Suit
         *_odd_rules(params),
     ]
     images = survey.images
-    # Great Expectations prints the path of every image that fails; `row` leads back to its real name.
-    frame = images.assign(path=names.shown, row=range(len(images)), is_square=images["width"] == images["height"])
+    # Great Expectations prints the path of every image that fails, as it stands; `row` leads back to its real name.
+    frame = images.assign(
+        path=[escape(name) for name in names.shown],
+        row=range(len(images)),
+        is_square=images["width"] == images["height"],
+    )
     return Suite(rules, frame.drop(columns=["patient", "error"], errors="ignore"))
 
 
@@ -381,8 +390,8 @@ def _difference_suite(difference: Difference, accepted: Accepted, params: Valida
             maximum=0, culprits=_changed(difference.relabelled, names),
         ),
         _fact(
-            "joined_groups", "warning", f"{{value}} groups of copies hold what was several groups before, {since}",
-            "joined_groups", maximum=0,
+            "joined_groups", "warning",
+            f"{{value}} groups of copies were joined or renamed, {since}: a side may change", "joined_groups", maximum=0,
             culprits=names.joined_groups(difference.joined_groups),
         ),
         _fact(

@@ -12,7 +12,7 @@ from typing import Literal
 
 import pandas as pd
 
-from braintumor.artifacts import replacing_directory, write_text
+from braintumor.artifacts import GROUPS_FILE, replacing_directory, write_text
 from braintumor.data import patients
 from braintumor.data.arrivals import LIKENESSES, Arrivals, Likeness, Match, compare
 from braintumor.data.intake import DEFAULT_RULE, Opened, few_images, note_on_names, opened, renamed, resolved
@@ -103,6 +103,7 @@ def add_images(
     with workplace(target, dry_run) as scratch, opened(source, scratch, rule, progress) as found:
         there = list_contents(target)
         rows = patients.rows_of(target)
+        patients.refuse_strangers(rows, there.images, str(target / GROUPS_FILE))
         if found.volumes:
             refuse_other_key(rows["patient"])
         files = _on_disk(found, scratch, progress)
@@ -115,7 +116,7 @@ def add_images(
         if isinstance(found.files, FolderFiles):
             refuse_full_disk(target, [found.files.size(path) for path in added])
         targets = distinct_names(added, taken=there.versioned)
-        joined = _join_patients(rows, found, targets, fates, patient_prefix)
+        joined = _join_patients(rows, found, targets, fates, arrivals, patient_prefix)
         if report:
             _write_report(report, fates, targets)
         if not dry_run and (targets or joined.is_changed):
@@ -210,6 +211,7 @@ def _join_patients(
     found: Opened,
     targets: Mapping[PurePosixPath, str],
     fates: Mapping[PurePosixPath, Fate],
+    arrivals: Arrivals,
     prefix: str,
 ) -> patients.Joined:
     arriving = pd.DataFrame(columns=patients.COLUMNS, dtype=str) if found.rows is None else found.rows
@@ -218,6 +220,10 @@ def _join_patients(
         for path, fate in fates.items()
         if fate.reason == "copy" and not fate.is_added and fate.copy_of and fate.likeness != "near copy"
     }
+    paths = list(found.plan.places)
+    for index, first in enumerate(arrivals.first_of_bytes):
+        if first != index and paths[index] not in targets and paths[first] in targets:
+            equals[str(paths[index])] = targets[paths[first]]
     places = {str(path): place for path, place in targets.items()}
     return patients.join_rows(there, patients.with_prefix(arriving, prefix), places, equals)
 

@@ -38,11 +38,17 @@ td:has(> .bar) { width: 24rem; min-width: 6rem; } caption { text-align: left; fo
 figure { max-width: 100%; } figure img { max-width: 100%; height: auto; display: block; } details { margin: .3rem 0; }
 figcaption { font-size: .9rem; max-width: 45rem; } summary { cursor: pointer; }
 """
+# Whatever a page came to hold, the browser loads and runs nothing.
+POLICY = (
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
+)
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+{policy}
 <title>{title}</title>
 <style>{style}</style>
 </head>
@@ -59,7 +65,7 @@ class Html(str):
 
 def page(title: str, parts: Iterable[str]) -> str:
     """A whole page; `parts` are markup."""
-    return _PAGE.format(title=escape(title), style=STYLE, body="\n".join(parts))
+    return _PAGE.format(title=escape(title), policy=POLICY, style=STYLE, body="\n".join(parts))
 
 
 def markup(value: object) -> str:

@@ -110,7 +110,7 @@ def import_dataset(
         _refuse_foreign_target(target)
         before = count_images(_images_of(target))
         if not discard:
-            _refuse_loss(target, total(before))
+            _refuse_loss(target)
         refuse_full_disk(target, [found.files.size(path) for path in found.plan.places])
         targets = distinct_names(found.plan.places)
         if not dry_run:
@@ -210,10 +210,11 @@ def _images_of(target: Path) -> list[str]:
     return [path.as_posix() for path in images if not is_hidden(PurePosixPath(path))]
 
 
-def _refuse_loss(target: Path, n_images: int) -> None:
-    if n_images and not _is_held_by_dvc(target):
+def _refuse_loss(target: Path) -> None:
+    files = [path for path in target.rglob("*") if path.name not in DESKTOP_FILES and not path.is_dir()]
+    if files and not _is_held_by_dvc(target):
         raise UserError(
-            f"{target} holds {n_images:,} images in a state that DVC does not know: to replace them is to lose them; "
+            f"{target} holds {len(files):,} files in a state that DVC does not know: to replace them is to lose them; "
             f"run 'dvc add {target.name}' first, or give --discard"
         )
 

@@ -5,9 +5,11 @@ side of a split; to take one for two would put the same anatomy into training an
 """
 
 import io
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import pandas as pd
 
@@ -32,7 +34,7 @@ class Joined:
 def read_rows(content: bytes, name: str) -> pd.DataFrame:
     """The rows of a groups.csv, all columns as text; UserError with `name` for what is none."""
     try:
-        rows = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        rows = read_table(io.BytesIO(content))
     except ValueError as error:
         raise UserError(f"{name} is not valid CSV ({error}); it needs the columns path,patient") from error
     if missing := [column for column in COLUMNS if column not in rows.columns]:
@@ -41,6 +43,17 @@ def read_rows(content: bytes, name: str) -> pd.DataFrame:
     if twice := sorted(set(rows.loc[rows["path"].duplicated(), "path"])):
         raise UserError(f"{name} names images twice: {name_some(twice)}; keep one row an image")
     return rows
+
+
+def read_table(file: IO[bytes] | Path) -> pd.DataFrame:
+    """The rows of a CSV, all columns as text; ValueError where a row has more fields than there are columns."""
+    with warnings.catch_warnings():
+        # Without this, and without index_col, pandas shifts the columns of such a file, or drops what is too much.
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:
+            return pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
+        except pd.errors.ParserWarning:
+            raise ValueError("rows have more fields than there are columns") from None
 
 
 def rows_of(dataset: Path) -> pd.DataFrame:
@@ -71,29 +84,31 @@ def join_rows(
     """The rows there, and those that arrive under their new `places`, by source path, with the columns of both.
 
     `equals` are images there by the source path of what arrived with the same pixels, and was skipped: where nobody
-    knew the patient of the one, the other tells.
+    knew the patient of the one, the other tells; the first of several that tell.
     """
-    known = dict(zip(there["path"], there["patient"], strict=True))
-    told = {
-        equals[path]: patient
-        for path, patient in zip(arriving["path"], arriving["patient"], strict=True)
-        if path in equals and is_known(patient)
-    }
-    learnt = {path: patient for path, patient in told.items() if not is_known(known.get(path, ""))}
     added = moved(arriving, places)
+    rows = joined(there, added)
+    known: dict[str, str] = dict(zip(rows["path"], rows["patient"], strict=True))
+    learnt: dict[str, str] = {}
+    disputed: dict[str, tuple[str, str]] = {}
+    for path, patient in zip(arriving["path"].astype(str), arriving["patient"].astype(str), strict=True):
+        if path not in equals or not is_known(patient):
+            continue
+        twin = equals[path]
+        if not is_known(known.get(twin, "")):
+            learnt.setdefault(twin, patient)
+        present = learnt.get(twin, known.get(twin, ""))
+        if present != patient:
+            disputed.setdefault(twin, (present, patient))
     unnamed = pd.DataFrame({"path": [path for path in learnt if path not in known], "patient": ""}, dtype=str)
-    rows = joined(joined(there, unnamed), added)
+    rows = joined(rows, unnamed)
     rows["patient"] = [learnt.get(path, patient) for path, patient in zip(rows["path"], rows["patient"], strict=True)]
     return Joined(
         rows=rows,
         is_changed=bool(len(added) or learnt),
         shared=sorted({name for name in added["patient"] if _is_given(name)} & set(there["patient"])),
         learnt=learnt,
-        disputed={
-            path: (known[path], patient)
-            for path, patient in sorted(told.items())
-            if path not in learnt and known[path] != patient
-        },
+        disputed=dict(sorted(disputed.items())),
     )
 
 
@@ -106,9 +121,7 @@ def write_rows(rows: pd.DataFrame, folder: Path) -> None:
 def refuse_strangers(rows: pd.DataFrame, images: Collection[str], name: str) -> None:
     """Raise UserError if a row names something else than one of `images`."""
     if strangers := sorted(set(rows["path"]) - set(images)):
-        raise UserError(
-            f"{name} names images that are not imported: {name_some(strangers)}; correct or remove these rows"
-        )
+        raise UserError(f"{name} names images that are not there: {name_some(strangers)}; correct or remove these rows")
 
 
 def is_known(patient: str) -> bool:

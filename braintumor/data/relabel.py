@@ -67,7 +67,8 @@ class RelabelSummary:
         if self.removed:
             folder = brief(removed_folder(self.dataset))
             notes.append(f"taken out: {len(self.removed)}, as {name_some(list(self.removed), SHOWN)}")
-            notes.append(f"they stand in {folder}; 'braintumor data import --add {folder}' brings them back")
+            back = f"braintumor data import --add --copies add {folder}"
+            notes.append(f"they stand in {folder}; '{back}' brings them back")
         if self.already:
             notes.append(f"corrected earlier: {len(self.already)}, as {_arrows(self.already)}")
         if self.n_unchanged:
@@ -87,6 +88,7 @@ def relabel(corrections: Path, dataset: Path, progress: Progress = silent, *, dr
     with workplace(dataset, dry_run) as scratch:
         there = list_contents(dataset)
         rows = patients.rows_of(dataset)
+        patients.refuse_strangers(rows, there.images, str(dataset / GROUPS_FILE))
         asked = read_corrections(corrections, dataset.name)
         gone = [correction for correction in asked if str(correction.path) not in set(there.images)]
         already = {str(correction.path): _earlier(correction, there.images, dataset) for correction in gone}
@@ -140,7 +142,7 @@ def _read_table(file: Path) -> list[tuple[str, str]]:
     if not file.is_file():
         raise UserError(f"{file} is missing; give a CSV with the columns {PATH},{NEW_LABEL}")
     try:
-        rows = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        rows = patients.read_table(file)
     except (ValueError, OSError) as error:
         raise UserError(f"{file} is not valid CSV ({error}); it needs the columns {PATH},{NEW_LABEL}") from error
     if missing := [column for column in (PATH, NEW_LABEL) if column not in rows.columns]:
@@ -189,14 +191,21 @@ def _refuse_unknown(file: Path, dataset: Path, unknown: Sequence[Correction]) ->
 def _outside(dataset: Path, paths: Iterable[str]) -> dict[str, Path]:
     """A file beside the data set for each path; one that holds the same bytes already will do."""
     places: dict[str, Path] = {}
+    given: set[str] = set()
     for path in paths:
         wanted = removed_folder(dataset) / path
         place, number = wanted, 1
-        while place.exists() and not filecmp.cmp(place, dataset / path, shallow=False):
+        # Letter case is no difference everywhere.
+        while str(place).casefold() in given or _holds_another(place, dataset / path):
             number += 1
             place = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
+        given.add(str(place).casefold())
         places[path] = place
     return places
+
+
+def _holds_another(place: Path, image: Path) -> bool:
+    return place.exists() and not filecmp.cmp(place, image, shallow=False)
 
 
 def _keep(removed: Mapping[str, Path], dataset: Path, rows: pd.DataFrame, scratch: Path) -> None:
@@ -210,7 +219,8 @@ def _keep(removed: Mapping[str, Path], dataset: Path, rows: pd.DataFrame, scratc
     for number, (path, place) in enumerate(removed.items()):
         place.parent.mkdir(parents=True, exist_ok=True)
         # Where a link is a copy in truth, it appears whole or not at all.
-        link(dataset / path, scratch / str(number))
+        # The image itself, where the data set holds a link into DVC's cache, which forgets it some day.
+        link(Path(os.path.realpath(dataset / path)), scratch / str(number))
         (scratch / str(number)).replace(place)
     places = {path: place.relative_to(folder).as_posix() for path, place in removed.items()}
     earlier, kept = patients.rows_of(folder), patients.moved(rows, places)

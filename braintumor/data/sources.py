@@ -106,7 +106,14 @@ class ZipFiles:
     def __init__(self, source: Path, archive: zipfile.ZipFile) -> None:
         self.source = source
         self.archive = archive
-        self.entries = {self._checked(entry): entry for entry in archive.infolist() if not entry.is_dir()}
+        self.entries: dict[PurePosixPath, zipfile.ZipInfo] = {}
+        for entry in archive.infolist():
+            if entry.is_dir():
+                continue
+            path = self._checked(entry)
+            if path in self.entries:
+                raise UserError(f"{source} holds {printable(path)} twice; unpack it, and import the folder")
+            self.entries[path] = entry
         self.paths = sorted(self.entries)
 
     def open(self, path: PurePosixPath) -> IO[bytes]:

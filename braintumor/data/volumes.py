@@ -54,7 +54,8 @@ class Pending:
 
     place: PurePosixPath  # its class folder
     paths: tuple[PurePosixPath, ...]
-    case: Case
+    case: Case  # whose it is taken for: the patient that groups.csv states, else `origin`
+    origin: Case  # what the file itself says
     masks: tuple[PurePosixPath, ...] = ()
     stated: PurePosixPath | None = None  # the path in groups.csv that names it, if one does
 
@@ -217,9 +218,8 @@ class _Conversion:
         patients = {self.rows[place]["patient"] for place in named} - {""}
         if len(patients) > 1:
             self.wrong[paths[0]] = f"is of a volume to which {GROUPS_FILE} gives several patients"
-        if patients:
-            case = ("stated", patients.pop())
-        return Pending(self.place_of[paths[0]], paths, case, masks, named[0] if named else None)
+        stated: Case = ("stated", patients.pop()) if patients else case
+        return Pending(self.place_of[paths[0]], paths, stated, case, masks, named[0] if named else None)
 
     def _cases(self, paths: Sequence[PurePosixPath]) -> dict[PurePosixPath, Case]:
         """What seems to be of one person where nobody says so: a folder among others, or a name less its contrast."""
@@ -280,10 +280,23 @@ class _Conversion:
         digests: dict[Case, set[str]] = defaultdict(set)
         for written in self.slices:
             digests[written.volume.case].add(written.digest)
+        stated_of: dict[Case, set[str]] = defaultdict(set)
+        for written in self.slices:
+            if written.volume.case[0] == "stated":
+                stated_of[written.volume.origin].add(written.volume.case[1])
         names = {}
         for case, of_case in digests.items():
+            # groups.csv may name some of a patient's volumes alone: the others are of the same person.
+            stated = sorted(stated_of[case])
+            if len(stated) > 1 and case[0] != "case":
+                raise UserError(
+                    f"{self.source / self.groups_folder / GROUPS_FILE} gives the volumes of one patient the numbers "
+                    f"{name_some(stated)}, and leaves others out; name them all, or mend the numbers"
+                )
             if case[0] == "stated":
                 names[case] = case[1]
+            elif len(stated) == 1:
+                names[case] = stated[0]
             elif case[0] == "patient" and self.key:
                 names[case] = pseudonym(case[1], self.key)
             else:

@@ -45,7 +45,7 @@ def version_tags(metrics: Mapping[str, Any], training: Mapping[str, Any], earlie
         "accuracy_interval": f"{low:.4f} to {high:.4f}",
         **{name: str(metrics[name]) for name in ("protocol", "claim", "data_md5", "model_digest", "splits_sha256")},
         "test_md5": str(metrics["test_md5"]),
-        "earlier_decisions_on_this_test": str(earlier_decisions),
+        "other_models_judged_on_this_test": str(earlier_decisions),
         "git_commit": str(training.get("git_commit") or "unknown"),
         "gate": "passed",
     }
@@ -58,7 +58,7 @@ def _provenance(metrics: Mapping[str, Any], training: Mapping[str, Any], earlier
         "Protocol": f"{metrics['protocol']} (claim: {metrics['claim']})",
         "Test images with a copy on the training side of this split": _percent(metrics["leaked_share"]),
         "Declared test images with a copy in the declared training folder": _percent(metrics["declared_leaked_share"]),
-        "Other models judged on these test images before": _uses(earlier_decisions),
+        "Other models judged on these test images": _uses(earlier_decisions),
     }
     return "\n".join(f"- {name}: {value}" for name, value in rows.items())
 
@@ -98,7 +98,7 @@ def _checks(decision: Decision) -> str:
 def _uses(earlier_decisions: int) -> str:
     if not earlier_decisions:
         return "none that this registry knows"
-    return f"{earlier_decisions}; each one makes this figure a little more optimistic"
+    return f"{earlier_decisions}; each one makes such figures a little more optimistic"
 
 
 def _percent(share: float | None) -> str:

@@ -119,6 +119,7 @@ def test_pages_load_nothing_and_every_address_leads_somewhere(write: Write) -> N
         text = page.read_text(encoding="utf-8")
         assert "://" not in text
         assert "<script" not in text
+        assert "default-src 'none'" in text
         found = addresses(page)
         assert found.silent == []
         elsewhere = [each for each in found.found if not each.startswith(("data:", "other.html"))]

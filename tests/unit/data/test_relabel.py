@@ -84,7 +84,7 @@ def test_removed_images_stand_beside_the_data_set_and_come_back_with_their_patie
     }
     assert content(data)[GROUPS_FILE] == "path,patient\ntest/notumor/c.jpg,p3\n"
     assert set(summary.removed) == {"train/glioma/a.jpg", "train/glioma/b.jpg"}
-    assert f"'braintumor data import --add {removed}'" in str(summary)
+    assert f"'braintumor data import --add --copies add {removed}'" in str(summary)
     add_images(removed, data, 0.9)
     assert content(data) == before
 
@@ -181,3 +181,39 @@ def test_a_missing_file_and_a_missing_data_set_are_named(tmp_path: Path, data: P
     shutil.rmtree(data)
     with pytest.raises(UserError, match="data is missing"):
         correct(data, "train/glioma/a.jpg,remove")
+
+
+def test_removed_images_of_like_names_do_not_replace_one_another(data: Path) -> None:
+    (data / "train/glioma/a-2.jpg").write_bytes(b"pixels of another")
+    kept = data.parent / "data-removed/train/glioma/a.jpg"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"removed long ago")
+    summary = correct(data, "train/glioma/a.jpg,remove", "train/glioma/a-2.jpg,remove")
+    assert len(set(summary.removed.values())) == 2
+    stand = {file.read_bytes() for file in (data.parent / "data-removed/train/glioma").iterdir()}
+    assert stand == {b"removed long ago", b"pixels of another", b"pixels of train/glioma/a.jpg"}
+
+
+def test_a_removed_image_is_a_file_where_the_data_set_holds_a_link(data: Path, tmp_path: Path) -> None:
+    cached = tmp_path / "cache"
+    (data / "train/glioma/a.jpg").rename(cached)
+    (data / "train/glioma/a.jpg").symlink_to(cached)
+    correct(data, "train/glioma/a.jpg,remove")
+    kept = data.parent / "data-removed/train/glioma/a.jpg"
+    assert not kept.is_symlink()
+    assert kept.read_bytes() == b"pixels of train/glioma/a.jpg"
+
+
+@pytest.mark.parametrize("row", ["train/glioma/a.jpg,remove,", "train/glioma/a.jpg,remove,oops"])
+def test_a_row_with_too_many_fields_never_counts_as_nothing_to_do(data: Path, row: str) -> None:
+    try:
+        assert correct(data, row).removed
+    except UserError as error:
+        assert "more fields" in str(error)
+        assert (data / "train/glioma/a.jpg").is_file()
+
+
+def test_a_row_of_groups_csv_for_an_image_that_is_gone_is_refused(data: Path) -> None:
+    (data / GROUPS_FILE).write_text("path,patient\ntrain/glioma/gone.jpg,p1\n")
+    with pytest.raises(UserError, match=r"names images that are not there: train/glioma/gone\.jpg"):
+        correct(data, "train/glioma/a.jpg,pituitary")

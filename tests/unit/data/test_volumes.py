@@ -834,9 +834,19 @@ def test_groups_of_the_source_are_kept_and_name_volumes(tmp_path: Path) -> None:
     rows = groups(work)
     assert list(rows.columns) == ["path", "patient", "origin"]
     assert sorted(zip(rows["patient"], rows["origin"], strict=True))[:3] == [("P1", ""), ("P1", "phantom"), ("P2", "")]
-    assert HASHED_PATIENT.fullmatch(rows.loc[rows["path"].str.startswith("pituitary"), "patient"].item())
+    # The other series carries the same PatientID: it is of the person whom the row of the first one names.
+    assert rows.loc[rows["path"].str.startswith("pituitary"), "patient"].item() == "P2"
     assert (source / "groups.csv").read_text(encoding="utf-8-sig").count("\n") == 4
     assert set(rows["path"]) == set(files(work)) - {"groups.csv"}
+
+
+def test_two_numbers_for_series_of_one_patient_are_refused_where_a_third_has_none(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for number, name in enumerate(("first", "second", "third"), start=1):
+        write_series(source / "glioma" / name, head(number))
+    (source / "groups.csv").write_text("path,patient\nglioma/first,P1\nglioma/second,P2\n")
+    with pytest.raises(UserError, match="the numbers P1, P2, and leaves others out"):
+        convert(source)
 
 
 def test_a_row_that_names_nothing_is_kept_for_the_importer_to_refuse(tmp_path: Path) -> None:
