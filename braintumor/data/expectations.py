@@ -391,8 +391,8 @@ def _difference_suite(difference: Difference, accepted: Accepted, params: Valida
         ),
         _fact(
             "joined_groups", "warning",
-            f"{{value}} groups of copies were joined or renamed, {since}: a side may change", "joined_groups", maximum=0,
-            culprits=names.joined_groups(difference.joined_groups),
+            f"{{value}} groups of copies were joined or renamed, {since}: sides may change", "joined_groups",
+            maximum=0, culprits=names.joined_groups(difference.joined_groups),
         ),
         _fact(
             "label_drift", "warning",
