@@ -196,3 +196,13 @@ def test_without_a_difference_the_record_says_why_and_claims_nothing() -> None:
     assert unknown["statement"].startswith("not compared")
     for record in (first, unknown):
         assert record["counts"] is record["drift"] is record["joined_groups"] is None
+
+
+def test_a_group_that_a_new_copy_has_renamed_is_listed_since_its_side_may_change() -> None:
+    rows = BEFORE.to_dict("records")
+    earlier = rows[0]["duplicate_group"]
+    renamed = [{**row, "duplicate_group": "g-new"} if row["duplicate_group"] == earlier else row for row in rows]
+    copy = image("train/glioma/copy.png", "N", duplicate_group="g-new")
+    assert compare(frame(*renamed, copy), BEFORE).joined_groups == [
+        {"group": "g-new", "earlier": [earlier], "bridges": ["train/glioma/copy.png"]}
+    ]

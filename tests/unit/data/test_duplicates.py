@@ -226,3 +226,13 @@ def test_leaked_share_is_null_without_test_images() -> None:
         columns=["path", "label", "declared_split", "sha256", "duplicate_group", "patient"],
     )
     assert measure_leakage(images)["leaked_share"] is None
+
+
+def test_slices_of_a_volume_of_an_unknown_patient_are_of_nobody_known() -> None:
+    rows = [(f"train/glioma/{n}.png", "glioma", "train", str(n), f"g{n}", "volume-12ab") for n in range(3)]
+    columns = ["path", "label", "declared_split", "sha256", "duplicate_group", "patient"]
+    assert measure_leakage(pd.DataFrame(rows, columns=columns))["patients"] == {
+        "known": 0,
+        "unknown": 3,
+        "across_splits": 0,
+    }

@@ -374,3 +374,12 @@ def test_data_docs_name_nobody_where_names_are_hashed(check: Check, tmp_path: Pa
     pages = [page.read_text() for page in (tmp_path / "docs").rglob("*.html")]
     assert any("abababababab" in page for page in pages)
     assert not [page for page in pages if "Doe" in page]
+
+
+def test_a_file_name_is_no_markup_on_the_pages_of_great_expectations(check: Check, tmp_path: Path) -> None:
+    name = "train/glioma/<img src=x onerror=alert(1)>.png"
+    findings = check(make_survey(path=name, mean=1.0), tmp_path)
+    assert findings["brightness"].culprits == (name,)
+    pages = [path.read_text() for path in (tmp_path / "docs").rglob("*.html")]
+    assert not any("<img src=x" in page for page in pages)
+    assert any("&lt;img src=x" in page for page in pages)

@@ -269,3 +269,11 @@ def test_a_damaged_zip_never_ends_in_anything_but_a_message(tmp_path: Path, data
         shutil.rmtree(data)
         fill(data, OLD)
     assert n_refused > 20
+
+
+def test_a_zip_that_holds_a_path_twice_is_refused_rather_than_halved(tmp_path: Path) -> None:
+    archive = tmp_path / "twice.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("train/glioma/a.png", b"one")
+        file.writestr("train\\glioma\\a.png", b"other")
+    assert "holds train/glioma/a.png twice" in refused(archive, tmp_path / "data")

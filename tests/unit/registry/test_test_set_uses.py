@@ -58,3 +58,13 @@ def test_where_the_server_is_away_the_count_is_unknown_not_zero(
     assert json.loads((folders.decision / artifacts.TEST_USES).read_text())["earlier_decisions"] is None
     with pytest.raises(RegistryUnreachable):
         earlier_decisions("0" * 32, "model")
+
+
+def test_a_decision_counts_though_mlflow_never_got_the_evaluation(
+    make_folders: MakeFolders, params: Params, store: Path
+) -> None:
+    unseen, next_one = make_folders("unseen", seed=1, n_wrong=20), make_folders("next", seed=2)
+    tracking.publish(params, unseen.model)
+    with pytest.raises(GateNotPassed):
+        gate(unseen.evaluation, unseen.context, unseen.validation, unseen.decision, params.gate)
+    assert judge(next_one, params)["earlier_decisions"] == 1
