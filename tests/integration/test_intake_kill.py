@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 KILLED = -9
-N_RANDOM_KILLS = 24
+N_RANDOM_KILLS, MOST_RANDOM_TRIES = 15, 90
 ACTIONS = ("import", "add", "relabel")
 
 # Forks a process for each order: starting Python and importing anew would take most of the time.
@@ -203,7 +203,9 @@ def test_a_kill_at_a_random_moment_leaves_the_old_or_the_new_data_set(
     random = Random(20)
     ends = []
     seconds = {action: time_of(act, action, template, tmp_path / action) for action in ACTIONS}
-    for number in range(N_RANDOM_KILLS):
+    # How many come too late depends on what else the machine does.
+    while ends.count(KILLED) < N_RANDOM_KILLS and len(ends) < MOST_RANDOM_TRIES:
+        number = len(ends)
         action = ACTIONS[number % len(ACTIONS)]
         root = tmp_path / str(number)
         shutil.copytree(template, root)
@@ -212,4 +214,4 @@ def test_a_kill_at_a_random_moment_leaves_the_old_or_the_new_data_set(
         assert act(action, root) == 0
         assert content(root / "data") == outcomes[action].data
         assert not list(root.glob(".*"))
-    assert ends.count(KILLED) > N_RANDOM_KILLS / 2
+    assert ends.count(KILLED) == N_RANDOM_KILLS
