@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from braintumor.errors import UserError
+from braintumor.errors import GateNotPassed, UserError
 
 if TYPE_CHECKING:
     from braintumor.data.next_version import Change
@@ -175,6 +175,8 @@ def gate(
     decision = gate(evaluation, context, validation, output, load_params(params_file).gate)
     for warning in decision.warnings:
         warn(warning)
+    if not decision.passed:
+        raise GateNotPassed("the gate is closed: " + "; ".join(decision.failures))
     print(f"gate: passed, {len(decision.checks)} checks")
 
 

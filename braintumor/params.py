@@ -1,7 +1,9 @@
 """params.yaml as typed values: unknown and missing keys are errors that name section and key."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,6 +19,7 @@ PROFILES = Path("params")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Checked = TypeVar("Checked", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -160,8 +163,51 @@ class PrivacyParams(Section):
     hash_names: bool
 
 
+class Resources(Section):
+    """What a pod asks for and may not exceed, in Kubernetes' quantities, and how long it may run."""
+
+    cpu: Annotated[str, Field(pattern=r"^[0-9]+m?$|^[0-9]+\.[0-9]+$")]
+    memory: Annotated[str, Field(pattern=r"^[0-9]+[KMGT]i?$")]
+    timeout_minutes: Positive
+
+
+class Toleration(Section):
+    """A taint of the nodes that pods may stand on all the same."""
+
+    key: Annotated[str, Field(min_length=1)]
+    operator: Literal["Equal", "Exists"]
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"]
+
+
+class GpuParams(Section):
+    """The accelerators that train and evaluate run on."""
+
+    resource: Annotated[
+        str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$", description="as the device plugin names it")
+    ]
+    count: Positive
+    node_selector: dict[str, str]
+    tolerations: list[Toleration]
+
+
+class ClusterParams(Section):
+    """What the pipeline needs of a Kubernetes cluster; no step sees it, and it changes no result."""
+
+    service_account: Annotated[str, Field(min_length=1)]
+    addresses: Annotated[str, Field(min_length=1, description="ConfigMap: addresses as environment variables")]
+    credentials: Annotated[str, Field(min_length=1, description="Secret: keys and passwords as environment variables")]
+    cache_claim: Annotated[str, Field(min_length=1, description="PersistentVolumeClaim of the data sets' cache")]
+    run_as_user: Annotated[int, Field(ge=1, description="not root")]
+    shared_memory: Annotated[str, Field(pattern=r"^[0-9]+[KMGT]i?$", description="/dev/shm of train and evaluate")]
+    steps: Resources
+    train: Resources
+    evaluate: Resources
+    gpu: GpuParams | None
+
+
 class Params(BaseModel):
-    """A whole parameters file."""
+    """What the steps go by: all that changes a result."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -173,11 +219,23 @@ class Params(BaseModel):
     gate: GateParams
     registration: RegisterParams = Field(alias="register")
 
+    def as_json(self) -> str:
+        """These sections alone, the same text for the same values; `parse_params` reads it back."""
+        fields = {name for name in type(self).model_fields if name != "cluster"}
+        content = self.model_dump(mode="json", by_alias=True, include=fields)
+        return json.dumps(content, sort_keys=True, allow_nan=False)
 
-SECTIONS = tuple(field.alias or name for name, field in Params.model_fields.items())
+
+class Profile(Params):
+    """A whole parameters file."""
+
+    cluster: ClusterParams
 
 
-def load_params(path: Path) -> Params:
+SECTIONS = tuple(field.alias or name for name, field in Profile.model_fields.items())
+
+
+def load_params(path: Path) -> Profile:
     """The parameters in `path`, all sections checked."""
     if not path.is_file():
         raise UserError(f"{path} is missing; give --params FILE, or run 'braintumor params use NAME'")
@@ -187,13 +245,34 @@ def load_params(path: Path) -> Params:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no sections; it needs {', '.join(SECTIONS)}")
+    return _checked(Profile, content, str(path))
+
+
+def parse_params(text: str) -> Params:
+    """The parameters that `as_json` wrote."""
+    name = "the pipeline's parameter 'params'"
     try:
-        return Params.model_validate(content)
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name} is not valid JSON: {error}; leave it as it was compiled, or mend it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{name} holds no sections; it needs {', '.join(Params.model_fields)}")
+    return _checked(Params, content, name)
+
+
+def load_profile(name: str, folder: Path = PROFILES) -> Profile:
+    """The profile `name`, as 'braintumor params list' shows it."""
+    return load_params(_profile_file(name, folder))
+
+
+def _checked(kind: type[Checked], content: Mapping[str, object], place: str) -> Checked:
+    try:
+        return kind.model_validate(content)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(path, item) for item in error.errors())) from error
+        raise UserError("\n".join(_explain(place, item) for item in error.errors())) from error
 
 
-def _explain(path: Path, item: "ErrorDetails") -> str:
+def _explain(path: str, item: "ErrorDetails") -> str:
     place = ".".join(str(part) for part in item["loc"])
     match item["type"]:
         case "missing":
@@ -215,9 +294,14 @@ def list_profiles(folder: Path = PROFILES) -> dict[str, str]:
 
 def use_profile(name: str, folder: Path = PROFILES, target: Path = Path("params.yaml")) -> Path:
     """`target` is a copy of the profile `name`; the file that stood there is in git."""
+    path = _profile_file(name, folder)
+    load_params(path)
+    write_text(target, path.read_text(encoding="utf-8"))
+    return path
+
+
+def _profile_file(name: str, folder: Path) -> Path:
     path = folder / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"there is no profile {name}; choose one of {', '.join(list_profiles(folder)) or 'none found'}")
-    load_params(path)
-    write_text(target, path.read_text(encoding="utf-8"))
     return path

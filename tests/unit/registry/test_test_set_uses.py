@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from braintumor import artifacts
-from braintumor.errors import GateNotPassed, RegistryUnreachable
+from braintumor.errors import RegistryUnreachable
 from braintumor.params import Params
 from braintumor.registry import tracking
 from braintumor.registry.test_set_uses import earlier_decisions
@@ -37,8 +37,7 @@ def test_each_other_model_that_was_judged_on_the_same_test_set_counts_once(
 
 def test_a_refused_model_has_used_the_test_set_too(make_folders: MakeFolders, params: Params, store: Path) -> None:
     weak, good = make_folders("weak", seed=1, n_wrong=20), make_folders("good", seed=2)
-    with pytest.raises(GateNotPassed):
-        judge(weak, params)
+    judge(weak, params)
     assert judge(good, params)["earlier_decisions"] == 1
 
 
@@ -65,6 +64,5 @@ def test_a_decision_counts_though_mlflow_never_got_the_evaluation(
 ) -> None:
     unseen, next_one = make_folders("unseen", seed=1, n_wrong=20), make_folders("next", seed=2)
     tracking.publish(params, unseen.model)
-    with pytest.raises(GateNotPassed):
-        gate(unseen.evaluation, unseen.context, unseen.validation, unseen.decision, params.gate)
+    gate(unseen.evaluation, unseen.context, unseen.validation, unseen.decision, params.gate)
     assert judge(next_one, params)["earlier_decisions"] == 1

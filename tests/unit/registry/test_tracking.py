@@ -228,12 +228,9 @@ def test_an_evaluation_of_another_model_is_not_published(
 
 
 def test_a_closed_gate_shows_in_the_run_of_its_model(store: Path, make_folders: MakeFolders, params: Params) -> None:
-    from braintumor.errors import GateNotPassed
-
     folders = make_folders(n_wrong=20)
     run_id = tracking.publish(params, folders.model, folders.evaluation)
-    with pytest.raises(GateNotPassed):
-        gate(folders.evaluation, folders.context, folders.validation, folders.decision, params.gate)
+    gate(folders.evaluation, folders.context, folders.validation, folders.decision, params.gate)
     with connected() as client:
         assert client.get_run(run_id).data.tags["outcome"] == "gate not passed"
 

@@ -159,8 +159,7 @@ def check_whole(params: Params) -> None:
 
 def test_a_closed_gate_registers_nothing(store: Path, make_folders: MakeFolders, params: Params) -> None:
     folders = make_folders(n_wrong=20)
-    with pytest.raises(GateNotPassed):
-        run_gate(folders, params)
+    run_gate(folders, params)
     with pytest.raises(GateNotPassed):
         run_register(folders, params)
     assert versions() == []
@@ -168,8 +167,7 @@ def test_a_closed_gate_registers_nothing(store: Path, make_folders: MakeFolders,
 
 def test_a_decision_changed_by_hand_is_refused(store: Path, make_folders: MakeFolders, params: Params) -> None:
     folders = make_folders(n_wrong=20)
-    with pytest.raises(GateNotPassed):
-        run_gate(folders, params)
+    run_gate(folders, params)
     folders.edit(folders.decision / artifacts.DECISION, passed=True)
     refused(folders, params, "decision.json is stale or was changed")
 
