@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help demo data ui test lint lock pretrain-sample sample bench-copies clean
+.PHONY: help demo data ui test lint security image image-check lock pretrain-sample sample bench-copies bench-materialise clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -29,7 +29,7 @@ pull = test -d $(1) || { trap 'rm -rf $(1)' INT TERM; dvc pull -r sample $(1).dv
 ui: $(VENV)/run  ## open the registry of this folder at http://127.0.0.1:5000
 	$(here) mlflow server --backend-store-uri sqlite:///mlflow.db --artifacts-destination mlartifacts --host 127.0.0.1 --port 5000
 
-test: $(VENV)/dev data lint  ## lint, types, import contracts and all tests
+test: $(VENV)/dev $(VENV)/security/installed data lint  ## lint, types, import contracts and all tests
 	pytest -n 2 --dist loadfile
 
 lint: $(VENV)/dev  ## formatting, lint, types and import contracts
@@ -38,9 +38,24 @@ lint: $(VENV)/dev  ## formatting, lint, types and import contracts
 	mypy
 	lint-imports --no-cache
 
+security: $(VENV)/dev $(VENV)/security/installed  ## lint of the image's file and of the Kubernetes objects
+	pytest tests/contract/test_image.py tests/contract/test_manifests.py
+
+TARGET ?= cpu
+TAG ?= $(shell git describe --always --dirty --abbrev=12 --exclude='*')
+BUILD ?= $(shell docker info >/dev/null 2>&1 && echo docker || echo buildah)
+image:  ## build the image braintumor:TAG by docker, or else buildah; TARGET=gpu: with CUDA
+	@command -v $(BUILD) >/dev/null || { echo "Error: neither docker nor buildah can build here; install one of them"; exit 1; }
+	$(BUILD) build --target $(TARGET) --build-arg GIT_COMMIT="$$(git describe --always --dirty --abbrev=40 --exclude='*')" --tag braintumor:$(TAG) $(BUILD_OPTIONS) .
+
+image-check: data  ## build the image of TARGET on a base that debootstrap makes, and run steps in it; as root, minutes
+	nice tests/image/check $(TARGET)
+
 lock: $(VENV)/dev  ## lock the newest versions that pyproject.toml allows, with hashes
 	uv pip compile -q --python-version 3.11 pyproject.toml --extra dev --generate-hashes --no-emit-index-url --no-annotate --no-header -o requirements/dev.txt --upgrade
 	uv pip compile -q --python-version 3.11 pyproject.toml --extra build --generate-hashes --no-emit-index-url --no-annotate --no-header -c requirements/dev.txt -o requirements/run.txt
+	uv pip compile -q --python-version 3.11 pyproject.toml --extra gpu --generate-hashes --no-emit-index-url --no-annotate --no-header -c requirements/dev.txt -o requirements/gpu.txt --upgrade
+	uv pip compile -q --python-version 3.11 --group security --generate-hashes --no-emit-index-url --no-annotate --no-header -o requirements/security.txt --upgrade
 
 sample: $(VENV)/dev  ## draw the sample images anew, into build/sample
 	braintumor data sample build/sample
@@ -53,6 +68,9 @@ bench-copies: $(VENV)/run data  ## how many copies of DATASET the search finds, 
 	python bench/copies.py --dataset $(DATASET)
 	python bench/borderline.py --dataset $(DATASET)
 	python bench/fingerprints.py
+
+bench-materialise: $(VENV)/dev  ## how fast a data version is fetched from S3, beside dvc pull
+	python bench/materialise.py
 
 clean:  ## remove what a run leaves: outputs and the registry of this folder
 	rm -rf build mlflow.db mlruns mlartifacts
@@ -70,4 +88,9 @@ $(VENV)/run: requirements/run.txt pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/dev: requirements/dev.txt $(VENV)/run
 	$(VENV)/bin/python -m pip install --quiet --require-hashes -r $<
+	@touch $@
+
+$(VENV)/security/installed: requirements/security.txt | $(VENV)/bin/python
+	$(PYTHON) -m venv $(VENV)/security
+	$(VENV)/security/bin/python -m pip install --quiet --require-hashes -r $<
 	@touch $@

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,12 @@ def sha256_of_file(path: Path) -> str:
     """Hex SHA-256 of the file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of_files(root: Path, files: Iterable[Path]) -> str:
+    """Hex SHA-256 over the files' places below `root` and their bytes, in any order."""
+    digests = {file.relative_to(root).as_posix(): sha256_of_file(file) for file in files}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path, made_by: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from braintumor.errors import GateNotPassed, UserError
 
 if TYPE_CHECKING:
     from braintumor.data.next_version import Change
+    from braintumor.params import Profile
 
 app = typer.Typer(
     name="braintumor",
@@ -26,6 +27,8 @@ params_app = typer.Typer(help="List and choose parameter profiles.", no_args_is_
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 app.add_typer(params_app, name="params")
+pipeline_app = typer.Typer(help="The same steps on Kubeflow Pipelines.", no_args_is_help=True)
+app.add_typer(pipeline_app, name="pipeline")
 
 Dataset = Annotated[Path, typer.Option(help="Folder of images: {train,test}/<class>/.")]
 Output = Annotated[Path, typer.Option(help="Folder to make; an earlier one is replaced at the end.")]
@@ -37,9 +40,17 @@ Model = Annotated[Path, typer.Option(help="Folder that 'train' made.")]
 Evaluation = Annotated[Path, typer.Option(help="Folder that 'evaluate' made.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Tell what would be done; write nothing.")]
 DecisionFolder = Annotated[Path, typer.Option("--decision", help="Folder that 'gate' made.")]
+ClusterProfile = Annotated[str | None, typer.Option("--profile", help="A profile of params/, instead of --params.")]
+Image = Annotated[str, typer.Option(help="The steps' image, with a tag or (better) its digest.")]
+ClusterDataset = Annotated[str, typer.Option("--dataset", help="Md5 of a published data version, or 'latest'.")]
+Force = Annotated[bool, typer.Option("--force", help="Train though nothing is new.")]
+Namespace = Annotated[str | None, typer.Option(help="Namespace of the user, on a cluster with several users.")]
+Experiment = Annotated[str, typer.Option(help="Group of runs in the UI; made if it is absent.")]
+ScheduleName = Annotated[str, typer.Option("--name", help="Small letters, digits and '-'; one schedule a name.")]
 
 WITH_ADD, OF_VOLUMES = "With --add", "DICOM series and NIfTI volumes"
 DATA, BUILD, PARAMS = Path("data"), Path("build"), Path("params.yaml")
+RETRAINING = "brain-tumor-retraining"  # schedule and experiment, unless named otherwise
 
 
 def main() -> None:
@@ -314,6 +325,27 @@ def data_relabel(
     _show_change(summary, dataset, "Corrected labels", dry_run)
 
 
+@data_app.command("publish")
+def data_publish(
+    dataset: Dataset = DATA,
+    remote: Annotated[
+        str, typer.Option(help="DVC's remote: s3://BUCKET/PREFIX or a folder; else BRAINTUMOR_DATA_REMOTE.")
+    ] = "",
+) -> None:
+    """Make the committed data version the one that scheduled runs take.
+
+    Run it after 'dvc push' and 'git commit'. What the remote lacks, and what
+    somebody else has published since, is noticed before anything is written.
+    """
+    from braintumor.data.dvc_remote import open_remote
+    from braintumor.data.published import publish
+    from braintumor.progress import shown
+
+    with shown() as progress:
+        published = publish(open_remote(remote), Path(f"{dataset}.dvc"), progress)
+    print(f"publish: {published}")
+
+
 def _show_change(summary: "Change", dataset: Path, message: str, dry_run: bool) -> None:
     from braintumor.data.next_version import next_commands
 
@@ -386,3 +418,134 @@ def params_use(name: Annotated[str, typer.Argument(help="A profile, as 'braintum
     from braintumor.params import use_profile
 
     print(f"params.yaml is now a copy of {use_profile(name)}")
+
+
+@pipeline_app.command("compile")
+def pipeline_compile(
+    image: Image,
+    output: Annotated[Path, typer.Option("--output", help="YAML file to write: two documents, both needed.")],
+    profile: ClusterProfile = None,
+    params_file: ParamsFile = PARAMS,
+) -> None:
+    """Write the pipeline as a package that Kubeflow Pipelines takes."""
+    from braintumor.artifacts import write_text
+
+    package, _ = _compiled(profile, params_file, image)
+    write_text(output, package)
+    print(f"{output}: the graph, and its settings for Kubernetes; upload it as it is, both documents together")
+
+
+@pipeline_app.command("run-local")
+def pipeline_run_local(
+    dataset: Annotated[str, typer.Option(help="Folder of images, md5 of a data version, or 'latest'.")] = str(DATA),
+    output: Annotated[Path, typer.Option(help="Folder that gets a folder a run.")] = BUILD / "pipeline",
+    profile: ClusterProfile = None,
+    params_file: ParamsFile = PARAMS,
+    force: Force = False,
+) -> None:
+    """Run the compiled pipeline on this machine, each task in a process."""
+    from pipelines.local_run import run_local, show_local_run
+
+    run = run_local(_profile(profile, params_file), dataset, output, is_forced=force)
+    show_local_run(run)
+    if run.ending.outcome == "gate not passed":
+        raise GateNotPassed(run.ending.message)
+    if run.ending.outcome == "failed":
+        raise UserError(f"{run.ending.headline}: {run.ending.message}; the log is {run.log}")
+
+
+@pipeline_app.command("submit")
+def pipeline_submit(
+    image: Image,
+    profile: ClusterProfile = None,
+    params_file: ParamsFile = PARAMS,
+    dataset: ClusterDataset = "latest",
+    force: Force = False,
+    name: Annotated[str, typer.Option(help="What the run is called in the UI; the time of day if empty.")] = "",
+    namespace: Namespace = None,
+    experiment: Experiment = RETRAINING,
+) -> None:
+    """Start a run on the cluster that KF_PIPELINES_ENDPOINT names, and print its address.
+
+    KF_PIPELINES_TOKEN is its bearer token, where it wants one.
+    """
+    from pipelines.cluster import connect, run_parameters, submit
+
+    parameters = run_parameters(dataset, force)
+    package, service_account = _compiled(profile, params_file, image)
+    submitted = submit(
+        connect(namespace=namespace), package, parameters,
+        name=name, experiment=experiment, service_account=service_account,
+    )  # fmt: skip
+    print(f"submitted: run {submitted.run_id} of version {submitted.version}\n{submitted.address}")
+
+
+@pipeline_app.command("schedule")
+def pipeline_schedule(
+    image: Image,
+    cron: Annotated[str, typer.Option(help="Six fields, seconds first, in UTC: '0 0 2 * * *' is every night at two.")],
+    profile: ClusterProfile = None,
+    params_file: ParamsFile = PARAMS,
+    dataset: ClusterDataset = "latest",
+    force: Force = False,
+    name: ScheduleName = RETRAINING,
+    namespace: Namespace = None,
+    experiment: Experiment = RETRAINING,
+) -> None:
+    """Start a run again and again; the schedule of the same name is replaced.
+
+    One run at a time, and none is made up for. Run the command again after an
+    interruption: one schedule of this name is there in the end.
+    """
+    from pipelines.cluster import connect, run_parameters, schedule, show_schedule
+    from pipelines.cron import check_cron
+
+    cron, parameters = check_cron(cron), run_parameters(dataset, force)
+    package, service_account = _compiled(profile, params_file, image)
+    scheduled = schedule(
+        connect(namespace=namespace), package, parameters,
+        name=name, cron=cron, experiment=experiment, service_account=service_account,
+    )  # fmt: skip
+    show_schedule(scheduled, name)
+
+
+@pipeline_app.command("unschedule")
+def pipeline_unschedule(name: ScheduleName = RETRAINING, namespace: Namespace = None) -> None:
+    """Remove the schedule; a run that is under way goes on."""
+    from pipelines.cluster import connect, unschedule
+
+    removed = unschedule(connect(namespace=namespace), name)
+    print(f"{name} is scheduled no more" if removed else f"{name} was not scheduled; nothing to do")
+
+
+@pipeline_app.command("status")
+def pipeline_status(
+    limit: Annotated[int, typer.Option(min=1, help="How many of the last runs.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
+    namespace: Namespace = None,
+    experiment: Experiment = RETRAINING,
+) -> None:
+    """Show the schedules and the last runs, and why runs failed."""
+    from pipelines.cluster import connect, show_status, status
+
+    found = status(connect(namespace=namespace), experiment, limit)
+    if as_json:
+        print(found.as_json())
+    else:
+        show_status(found)
+
+
+def _compiled(profile: str | None, params_file: Path, image: str) -> tuple[str, str]:
+    """The package of a profile, and the service account that it runs as."""
+    from pipelines.compiled import compile_pipeline
+
+    chosen = _profile(profile, params_file)
+    return compile_pipeline(chosen, image), chosen.cluster.service_account
+
+
+def _profile(name: str | None, params_file: Path) -> "Profile":
+    from braintumor.params import load_params, load_profile
+
+    if name and params_file != PARAMS:
+        raise UserError("--profile and --params both name the parameters; leave one of them out")
+    return load_profile(name) if name else load_params(params_file)

@@ -20,6 +20,7 @@ td, th { border-bottom: 1px solid var(--line); padding: .3rem .6rem .3rem 0; ver
 .table-responsive, .show-scrollbars, .wide { overflow-x: auto; }
 li, figcaption, code, .wide td { overflow-wrap: anywhere; } .wide td:first-child { overflow-wrap: normal; }
 .wide { margin: .6rem 0 1.2rem; } .wide > table { width: auto; } .wide td, .wide th { padding-right: 1.2rem; }
+.figure { white-space: nowrap; }
 th.number { text-align: right; } details > ul, details > ol { max-height: 24rem; overflow-y: auto; }
 td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 ul.nav, ol.breadcrumb { list-style: none; padding: 0; } ol.breadcrumb { display: flex; gap: .8rem; }

@@ -17,14 +17,13 @@ import yaml
 from braintumor.artifacts import GROUPS_FILE, replacing_directory
 from braintumor.data import patients
 from braintumor.data.layout import Plan, distinct_names, plan_places
-from braintumor.data.manifest import dataset_md5
+from braintumor.data.manifest import dataset_md5, is_hidden
 from braintumor.data.next_version import Counts, count_images, show_change, total, workplace
 from braintumor.data.slices import SliceRule
 from braintumor.data.sources import (
     Files,
     FolderFiles,
     copy_file,
-    is_hidden,
     open_source,
     printable,
     refuse_archives,

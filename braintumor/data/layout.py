@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from braintumor.artifacts import GROUPS_FILE
-from braintumor.data.sources import is_hidden, printable
+from braintumor.data.manifest import is_hidden
+from braintumor.data.sources import printable
 from braintumor.errors import UserError, name_some
 from braintumor.labels import CLASS_FOLDERS, SPLIT_FOLDERS
 from braintumor.model.images import IMAGE_SUFFIXES

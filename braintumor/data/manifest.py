@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from braintumor.artifacts import GROUPS_FILE, MANIFEST
 from braintumor.data.duplicates import FINGERPRINT_PX, Fingerprints, fingerprint, group_copies
 from braintumor.data.oddities import measure_oddities
+from braintumor.data.patients import refuse_strangers, rows_of
 from braintumor.errors import UserError, name_some
 from braintumor.labels import CLASS_NAMES, DECLARED_SPLITS, PHANTOM
 from braintumor.model.images import IMAGE_SUFFIXES, UnreadableImage, open_image, to_grey
@@ -93,7 +94,7 @@ def list_contents(dataset: Path) -> Contents:
     if not dataset.is_dir():
         raise UserError(f"{dataset} is missing; run 'dvc pull' or 'braintumor data import', or mend --dataset")
     versioned = sorted(_walk(dataset))
-    visible = [path for path in versioned if not _is_hidden(path)]
+    visible = [path for path in versioned if not is_hidden(PurePosixPath(path))]
     pictures = [path for path in visible if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES]
     images = [path for path in pictures if _stands_in_a_class(path)]
     taken = {*pictures, GROUPS_FILE}
@@ -227,8 +228,9 @@ def _unopened(path: Path, error: OSError) -> UserError:
     return UserError(f"{path} can't be opened ({error.strerror}); mend it, or remove it and run 'dvc checkout'")
 
 
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(path).parts)
+def is_hidden(path: PurePosixPath) -> bool:
+    """Whether the path is what desktops and tools leave, rather than a person."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def _stands_in_a_class(path: str) -> bool:
@@ -247,29 +249,17 @@ class Known:
 def _read_groups(dataset: Path, images: Sequence[str]) -> dict[str, Known]:
     """What groups.csv says of each image that it names; images it leaves out are real, and of unknown patients."""
     file = dataset / GROUPS_FILE
-    if not file.is_file():
-        return {}
     try:
-        rows = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} is not valid CSV ({error}); it needs the columns path,patient") from error
-    missing = [column for column in ("path", "patient") if column not in rows.columns]
-    if missing:
-        raise UserError(f"{file} lacks the column {' and '.join(missing)}; it needs path,patient")
-    unknown = sorted(set(rows["path"]) - set(images))
-    if unknown:
-        raise UserError(
-            f"{file} names images that do not exist: {name_some(unknown)}; correct the paths or remove the rows"
-        )
-    named_twice = sorted(set(rows.loc[rows["path"].duplicated(), "path"]))
-    if named_twice:
-        raise UserError(f"{file} names images twice: {name_some(named_twice)}; keep one row an image")
+        rows = rows_of(dataset)
+    except OSError as error:
+        raise _unopened(file, error) from error
+    refuse_strangers(rows, images, str(file))
     origins = rows["origin"].str.strip() if "origin" in rows.columns else pd.Series("", index=rows.index)
     if strange := sorted(set(origins) - {"", PHANTOM}):
         raise UserError(f"{file} names the origin {name_some(strange)}; leave it empty, or write '{PHANTOM}'")
     return {
         path: Known(patient or None, is_phantom=origin == PHANTOM)
-        for path, patient, origin in zip(rows["path"], rows["patient"].str.strip(), origins, strict=True)
+        for path, patient, origin in zip(rows["path"], rows["patient"], origins, strict=True)
     }
 
 

@@ -13,6 +13,7 @@ from lzma import LZMAError
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Protocol
 
+from braintumor.data.manifest import is_hidden
 from braintumor.errors import UserError, name_some
 from braintumor.progress import Progress
 
@@ -141,11 +142,6 @@ class ZipFiles:
         if entry.flag_bits & 0x1:
             raise UserError(f"{self.source} is encrypted; unpack it, and import the folder")
         return path
-
-
-def is_hidden(path: PurePosixPath) -> bool:
-    """Whether the path is what desktops and tools leave, rather than a person."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def refuse_archives(source: Path, paths: Sequence[PurePosixPath]) -> None:

@@ -124,7 +124,7 @@ def _load_imagenet(shape: tuple[int, int, int]) -> "keras.Model":
 
 def _fetch(weights: str) -> Path:
     if weights.startswith("s3://"):
-        from braintumor.data.dvc_remote import fetch_object
+        from braintumor.object_store import fetch_object
 
         return fetch_object(weights)
     path = Path(weights)

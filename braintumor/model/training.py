@@ -1,7 +1,7 @@
 """Training of the classifier: a head on cached features, then fine-tuning, then temperature."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from braintumor.errors import UserError
 from braintumor.labels import CLASS_NAMES
 from braintumor.model.augmentation import augment
+from braintumor.model.checkpoints import State
 from braintumor.model.densenet import Classifier, import_keras
 from braintumor.model.inference import BATCH_SIZE
 from braintumor.params import TrainParams
@@ -43,6 +44,7 @@ class Epoch:
 
 
 OnEpoch = Callable[[Epoch], None]
+OnState = Callable[[State], None]
 
 
 @dataclass
@@ -70,6 +72,10 @@ class History:
         """The epochs as rows of history.csv."""
         return [asdict(epoch) for epoch in self.epochs]
 
+    def count(self, phase: str) -> int:
+        """How many epochs of the phase, 'head' or 'fine-tuning', have been run."""
+        return sum(epoch.phase == phase for epoch in self.epochs)
+
 
 def make_reproducible(seed: int) -> None:
     """The same inputs, seed and hardware give the same weights from here on."""
@@ -80,6 +86,33 @@ def make_reproducible(seed: int) -> None:
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     tf.config.experimental.enable_op_determinism()
+
+
+def state_of(classifier: Classifier, history: History, optimizer: Any = None) -> State:
+    """The training as it stands between two epochs."""
+    best_weights = history.best_weights
+    pairs = zip(best_weights, classifier.network.get_weights(), strict=True)
+    is_best = all(np.array_equal(best, current) for best, current in pairs)
+    return State(
+        rows=history.rows(),
+        # More than the weights: the seeds of the dropout, too.
+        network=[variable.numpy() for variable in classifier.network.variables],
+        optimizer=[variable.numpy() for variable in optimizer.variables] if optimizer is not None else [],
+        best_weights=None if is_best else best_weights,
+    )
+
+
+def restore(classifier: Classifier, history: History, state: State) -> None:
+    """The network and the history are as `state_of` found them; `fine_tune` takes the rest."""
+    _assign(classifier.network.variables, state.network)
+    history.epochs = [Epoch(**row) for row in state.rows]
+    history.best = min(history.epochs, key=lambda epoch: epoch.val_loss)
+    history.best_weights = classifier.network.get_weights() if state.best_weights is None else state.best_weights
+
+
+def _assign(variables: Sequence[Any], values: Sequence[NDArray[Any]]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
 def fit_head(
@@ -126,21 +159,30 @@ def fine_tune(
     params: TrainParams,
     history: History,
     advance: Advance,
+    on_state: OnState = lambda state: None,
+    optimizer_state: Sequence[NDArray[Any]] = (),
 ) -> None:
-    """All kernels are trained, on augmented images; the network ends with the weights of the best epoch."""
+    """All kernels are trained, on augmented images; the network ends with the weights of the best epoch.
+
+    `on_state` hears of the state after every epoch. With the history and the network of such a state restored, and its
+    `optimizer_state` given, the training goes on as if nothing had happened; on a CPU, to the last bit.
+    """
     keras = import_keras()
     network = classifier.network
     steps = steps_per_epoch(len(train.labels), params)
-    first = len(history.epochs)
+    first = history.count("head")
     optimizer = make_optimizer(params, total_steps=steps * params.epochs)
     _compile(network, optimizer, params, xla=params.xla)
+    if optimizer_state:
+        optimizer.build(network.trainable_variables)
+        _assign(optimizer.variables, optimizer_state)
 
     class Steps(keras.callbacks.Callback):  # type: ignore[name-defined]
         def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
             advance()
 
-    waited = 0
-    for number in range(1, params.epochs + 1):
+    while history.count("fine-tuning") < params.epochs and not _has_stopped_improving(history, params):
+        number = history.count("fine-tuning") + 1
         started = time.monotonic()
         batches = training_batches(train, params, epoch=number)
         fitted = network.fit(batches, epochs=1, verbose=0, shuffle=False, callbacks=[Steps()]).history
@@ -150,12 +192,15 @@ def fine_tune(
             first + number, "fine-tuning", fitted["loss"][0], fitted["accuracy"][0], val_loss, val_accuracy,
             float(optimizer.learning_rate), time.monotonic() - started,
         )  # fmt: skip
-        best_before = history.best
         history.add(row, network)
-        waited = 0 if history.best is not best_before else waited + 1
-        if params.early_stopping_epochs and waited >= params.early_stopping_epochs:
-            break
+        on_state(state_of(classifier, history, optimizer))
     network.set_weights(history.best_weights)
+
+
+def _has_stopped_improving(history: History, params: TrainParams) -> bool:
+    """Whether so many epochs of fine-tuning in a row were no better than one before them."""
+    since_best = len(history.epochs) - (history.best.epoch if history.best else 0)
+    return 0 < params.early_stopping_epochs <= min(since_best, history.count("fine-tuning"))
 
 
 def _compile(network: "keras.Model", optimizer: Any, params: TrainParams, *, xla: bool) -> None:

@@ -38,6 +38,14 @@ def database_file(address: str) -> Path | None:
     return Path(address.removeprefix(SQLITE)).absolute() if address.startswith(SQLITE) else None
 
 
+def run_address(experiment_id: str, run_id: str) -> str | None:
+    """The page of the run in the server's UI, without user and password; None for a store that is no server."""
+    address = tracking_uri()
+    if not address.startswith(("http://", "https://")):
+        return None
+    return f"{_hide_password(address, address).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
 def holds_nothing_yet() -> bool:
     """Whether the store is an SQLite database that nobody has made yet."""
     file = database_file(tracking_uri())
@@ -54,13 +62,13 @@ def connected(*, is_patient: bool = True) -> Iterator["MlflowClient"]:
     """
     address = tracking_uri()
     # MLflow's SQLite store looks its own address up in the environment again.
-    with _environment({"MLFLOW_TRACKING_URI": address}):
+    with environment({"MLFLOW_TRACKING_URI": address}):
         try:
             client = _client(address)
             if database_file(address) is None:
-                with _environment(_unless_set(IMPATIENCE)):
+                with environment(_unless_set(IMPATIENCE)):
                     client.search_experiments(max_results=1)
-            with _environment(_unless_set(RETRIES if is_patient else IMPATIENCE)):
+            with environment(_unless_set(RETRIES if is_patient else IMPATIENCE)):
                 yield client
         except UserError:
             raise
@@ -129,7 +137,8 @@ def _unless_set(defaults: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Inside the block the environment has these values; afterwards it is as it was."""
     previous = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -4,7 +4,6 @@ What MLflow missed while it was down is in the files; `publish` logs whatever th
 """
 
 import getpass
-import hashlib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from braintumor import artifacts
-from braintumor.artifacts import read_json, sha256_of_file
+from braintumor.artifacts import digest_of_files, read_json, sha256_of_file
 from braintumor.data.profile import load_profile
 from braintumor.errors import UserError
 from braintumor.params import Params
@@ -74,7 +73,7 @@ class LiveRun:
         def end(client: "MlflowClient") -> None:
             client.set_tag(self._id, f"{OUTCOME}.train", "failed")
             client.set_tag(self._id, OUTCOME, "failed in train")
-            _end(client, client.get_run(self._id), "FAILED")
+            end_run(client, client.get_run(self._id), "FAILED")
 
         self._try(end)
 
@@ -174,7 +173,7 @@ def published_profile(client: "MlflowClient", run_id: str, data_md5: str) -> pd.
 
     Raises UserError if what the store holds is not what was published, or is of other data.
     """
-    run = _get_run(client, run_id)
+    run = get_run(client, run_id)
     expected = run.data.tags.get(PROFILE_SHA256) if run else None
     if expected is None:
         return None
@@ -195,7 +194,7 @@ def published_profile(client: "MlflowClient", run_id: str, data_md5: str) -> pd.
 def record_registration(run_id: str, model_name: str, version: str) -> None:
     """The run says that its model is registered, and as which version."""
     with connected() as client:
-        _tag(client, run_id, {f"{OUTCOME}.register": f"{model_name} version {version}", OUTCOME: REGISTERED})
+        set_tags(client, run_id, {f"{OUTCOME}.register": f"{model_name} version {version}", OUTCOME: REGISTERED})
 
 
 def ensure_experiment(client: "MlflowClient", name: str) -> str:
@@ -234,12 +233,12 @@ def _read_training(model: Path) -> dict[str, Any]:
 def _open_or_none(params: Params, data_md5: str) -> str | None:
     try:
         with connected() as client:
-            given = _given_run(client)
+            given = given_run(client)
             if given is not None and MODEL_DIGEST not in given.data.tags:
                 client.log_batch(given.info.run_id, params=_params(params.train.model_dump()))
                 return str(given.info.run_id)
             tags = {"data_md5": data_md5} | ({LINKED_FROM: given.info.run_id} if given else {})
-            run_id = _create_run(client, params, f"training on {data_md5[:7]}", tags)
+            run_id = create_run(client, params, f"training on {data_md5[:7]}", tags)
             client.log_batch(run_id, params=_params(params.train.model_dump()))
             return run_id
     except UserError as error:
@@ -247,17 +246,19 @@ def _open_or_none(params: Params, data_md5: str) -> str | None:
         return None
 
 
-def _given_run(client: "MlflowClient") -> "Run | None":
+def given_run(client: "MlflowClient") -> "Run | None":
+    """The run that MLFLOW_RUN_ID names; None where it names none, or one that this server does not know."""
     run_id = os.environ.get("MLFLOW_RUN_ID", "").strip()
     if not run_id:
         return None
-    run = _get_run(client, run_id)
+    run = get_run(client, run_id)
     if run is None:
         warn(f"MLFLOW_RUN_ID names the run {run_id}, which this MLflow server does not know; another one is opened")
     return run
 
 
-def _get_run(client: "MlflowClient", run_id: str) -> "Run | None":
+def get_run(client: "MlflowClient", run_id: str) -> "Run | None":
+    """The run, or None if there is none or it is deleted."""
     try:
         run = client.get_run(run_id)
     except Exception as error:
@@ -269,7 +270,7 @@ def _get_run(client: "MlflowClient", run_id: str) -> "Run | None":
 
 def _find_run(client: "MlflowClient", digest: str, known_id: object) -> str | None:
     """The run of the model: named by training.json, or tagged with the digest, or given and still without a model."""
-    named = _get_run(client, known_id) if isinstance(known_id, str) and known_id else None
+    named = get_run(client, known_id) if isinstance(known_id, str) and known_id else None
     if named is not None and named.data.tags.get(MODEL_DIGEST, digest) == digest:
         return str(named.info.run_id)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -281,16 +282,17 @@ def _find_run(client: "MlflowClient", digest: str, known_id: object) -> str | No
 
 def _open_run(client: "MlflowClient", params: Params, training: Mapping[str, Any]) -> str:
     """The run that is given and has no model yet, else a new one that carries the digest from its first moment."""
-    given = _given_run(client)
+    given = given_run(client)
     if given is not None and MODEL_DIGEST not in given.data.tags:
         return str(given.info.run_id)
     tags = {MODEL_DIGEST: training["model_digest"], "data_md5": training["data_md5"]}
     if training.get("mlflow_run_id"):
         tags[LINKED_FROM] = training["mlflow_run_id"]
-    return _create_run(client, params, f"training on {training['data_md5'][:7]}", tags)
+    return create_run(client, params, f"training on {training['data_md5'][:7]}", tags)
 
 
-def _create_run(client: "MlflowClient", params: Params, name: str, tags: Mapping[str, str]) -> str:
+def create_run(client: "MlflowClient", params: Params, name: str, tags: Mapping[str, str]) -> str:
+    """The id of a new run of the experiment, which `end_run` may end."""
     own = {OPENED_BY: "braintumor", "mlflow.source.name": "braintumor train", "mlflow.user": _user()}
     experiment = ensure_experiment(client, params.registration.experiment)
     return str(client.create_run(experiment, run_name=name, tags=own | dict(tags)).info.run_id)
@@ -310,7 +312,7 @@ def _publish_training(client: "MlflowClient", run_id: str, model: Path, training
     if training.get("git_commit"):
         tags |= {"git_commit": training["git_commit"], "mlflow.source.git.commit": training["git_commit"]}
     # First of all, so that the run is found by its model whatever interrupts the rest.
-    _tag(client, run_id, tags)
+    set_tags(client, run_id, tags)
     if _is_published(client, run_id, "training", digest):
         return
     run = client.get_run(run_id)
@@ -324,8 +326,8 @@ def _publish_training(client: "MlflowClient", run_id: str, model: Path, training
     for name in (artifacts.LEARNING_CURVE, artifacts.HISTORY, artifacts.LABELS, artifacts.TRAINING):
         if (model / name).is_file():
             client.log_artifact(run_id, str(model / name), "training")
-    _tag(client, run_id, {f"{OUTCOME}.train": "trained", OUTCOME: "trained"})
-    _end(client, client.get_run(run_id), "FINISHED")
+    set_tags(client, run_id, {f"{OUTCOME}.train": "trained", OUTCOME: "trained"})
+    end_run(client, client.get_run(run_id), "FINISHED")
     _mark_published(client, run_id, "training", digest)
 
 
@@ -338,11 +340,13 @@ def _publish_evaluation(client: "MlflowClient", run_id: str, evaluation: Path, d
     if _is_published(client, run_id, "evaluation", sha256):
         return
     _log_changed(client, client.get_run(run_id), test_figures(metrics))
-    _tag(client, run_id, {name: str(metrics[name]) for name in ("protocol", "claim", "test_md5") if metrics.get(name)})
+    set_tags(
+        client, run_id, {name: str(metrics[name]) for name in ("protocol", "claim", "test_md5") if metrics.get(name)}
+    )
     # predictions.csv stays here: its file names may tell who the patients are.
     for path in [file, *sorted(evaluation.glob("*.png"))]:
         client.log_artifact(run_id, str(path), "evaluation")
-    _tag(client, run_id, {f"{OUTCOME}.evaluate": "evaluated"})
+    set_tags(client, run_id, {f"{OUTCOME}.evaluate": "evaluated"})
     _mark_published(client, run_id, "evaluation", sha256)
 
 
@@ -357,13 +361,15 @@ def _publish_decision(client: "MlflowClient", run_id: str, decision: Path, diges
     has_passed = content.get("passed") is True
     reasons = {f"gate.{check['name']}": check["reason"] for check in content["checks"]}
     verdict = "passed" if has_passed else "not passed"
+    failed = [check["reason"] for check in content["checks"] if check["required"] and not check["passed"]]
+    told = verdict if has_passed else f"{verdict}: {'; '.join(failed)}"
     client.log_artifact(run_id, str(file), "gate")
     outcome = GATE_PASSED if has_passed else GATE_NOT_PASSED
     # The evaluation may not be published, if the server was away then: the decision counts all the same.
     uses = decision / artifacts.TEST_USES
     test_md5 = read_json(uses, "braintumor gate").get("test_md5") if uses.is_file() else None
     test_set = {"test_md5": test_md5} if test_md5 else {}
-    _tag(client, run_id, {**reasons, **test_set, "gate": verdict, f"{OUTCOME}.gate": verdict, OUTCOME: outcome})
+    set_tags(client, run_id, {**reasons, **test_set, "gate": verdict, f"{OUTCOME}.gate": told, OUTCOME: outcome})
     _mark_published(client, run_id, "gate", sha256)
 
 
@@ -378,7 +384,7 @@ def _publish_validation(client: "MlflowClient", run_id: str, validation: Path, d
         raise UserError(f"{docs / 'index.html'} is missing; run 'braintumor validate' again")
     findings = read_json(validation / artifacts.FINDINGS, "braintumor validate").get("findings", [])
     pages = sorted(path for path in docs.rglob("*") if path.is_file())
-    digest = _digest_of_files(validation, [file, *pages])
+    digest = digest_of_files(validation, [file, *pages])
     if _is_published(client, run_id, "validation", digest):
         return
     run = client.get_run(run_id)
@@ -397,7 +403,7 @@ def _publish_validation(client: "MlflowClient", run_id: str, validation: Path, d
     }
     if not run.data.tags.get(NOTE):
         tags[NOTE] = f"[Data Docs of the images]({place})"
-    _tag(client, run_id, tags)
+    set_tags(client, run_id, tags)
     _mark_published(client, run_id, "validation", digest)
 
 
@@ -407,11 +413,6 @@ def _delete_artifacts(client: "MlflowClient", run: "Run", folder: str) -> None:
     if client.list_artifacts(run.info.run_id, folder):
         repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=os.environ["MLFLOW_TRACKING_URI"])
         repository.delete_artifacts(folder)
-
-
-def _digest_of_files(root: Path, files: Iterable[Path]) -> str:
-    digests = {file.relative_to(root).as_posix(): sha256_of_file(file) for file in files}
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def test_figures(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -509,7 +510,8 @@ def _batches(items: list[Any], size: int) -> Iterable[list[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _tag(client: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> None:
+def set_tags(client: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> None:
+    """The run has these tags, all set in one request."""
     from mlflow.entities import RunTag
 
     client.log_batch(run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
@@ -524,7 +526,8 @@ def _mark_published(client: "MlflowClient", run_id: str, part: str, digest: str)
     client.set_tag(run_id, f"published.{part}", digest)
 
 
-def _end(client: "MlflowClient", run: "Run", status: str) -> None:
+def end_run(client: "MlflowClient", run: "Run", status: str) -> None:
+    """The run has the status, if this package opened it."""
     # A run that was given belongs to whoever opened it.
     if OPENED_BY in run.data.tags and run.info.status != status:
         client.set_terminated(run.info.run_id, status=status)

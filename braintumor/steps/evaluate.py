@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from braintumor import artifacts
+from braintumor.data.dvc_remote import open_dataset
 from braintumor.data.split_artifact import SPLIT_FACTS, load_split, refuse_other_data
 from braintumor.errors import UserError
 from braintumor.evidence import plots
@@ -22,6 +23,7 @@ def evaluate(
     dataset: Path, splits: Path, model: Path, output: Path, params: Params, progress: Progress = silent
 ) -> dict[str, Any]:
     """The model is scored on the test images of its own split; returns metrics.json."""
+    dataset = open_dataset(dataset, progress)
     made = load_split(splits)
     refuse_other_data(dataset, made.data_md5, splits)
     digest = model_digest(model / artifacts.MODEL)

@@ -20,6 +20,7 @@ from braintumor.artifacts import (
     write_json,
 )
 from braintumor.data.duplicates import measure_leakage
+from braintumor.data.dvc_remote import open_dataset
 from braintumor.data.manifest import file_md5s, list_contents, load_manifest, version_md5
 from braintumor.data.split_artifact import test_md5
 from braintumor.data.splits import Splits, make_splits, side_of, sizes_by_class
@@ -54,6 +55,7 @@ def split(
 
     Raises UserError for a data set that is not the validated one.
     """
+    dataset = open_dataset(dataset, progress)
     manifest, data_md5 = load_manifest(validation / MANIFEST)
     _refuse_changed_files(dataset, validation, manifest, data_md5)
     splits = make_splits(manifest, params)

@@ -1,5 +1,6 @@
 """The step `train`."""
 
+import os
 import subprocess
 import time
 from dataclasses import asdict, dataclass
@@ -9,16 +10,18 @@ import numpy as np
 import pandas as pd
 
 from braintumor import artifacts
+from braintumor.data.dvc_remote import open_dataset
 from braintumor.data.split_artifact import MadeSplit, load_split, refuse_other_data
 from braintumor.evidence.plots import plot_learning_curve
 from braintumor.labels import CLASS_NAMES
 from braintumor.model import training
+from braintumor.model.checkpoints import Checkpoints, State, checkpoint_address, training_key
 from braintumor.model.densenet import Classifier, build_classifier, weights_digest, with_temperature
 from braintumor.model.images import load_images
 from braintumor.model.inference import BATCH_SIZE
 from braintumor.model.saved import model_digest
 from braintumor.params import Params
-from braintumor.progress import Progress, silent
+from braintumor.progress import Progress, note, silent
 from braintumor.registry import tracking
 
 USED_SPLITS = ("train", "val", "calibration")
@@ -35,31 +38,40 @@ class TrainingSummary:
     best_val_accuracy: float
     temperature: float
     seconds: float
+    resumed_after_epoch: int | None
     mlflow_run_id: str | None
 
 
-def train(dataset: Path, splits: Path, output: Path, params: Params, progress: Progress = silent) -> TrainingSummary:
+def train(
+    dataset: Path, splits: Path, output: Path, params: Params, progress: Progress = silent, *, image: str = ""
+) -> TrainingSummary:
     """DenseNet201 is fine-tuned on the split's images; the best epoch is kept, with its temperature.
 
     The model is written before MLflow is asked to keep it: a server that is down costs a warning, not the training.
+    A training that was broken off goes on after its last epoch, if it ran in this container `image` (with its digest).
     """
     started = time.monotonic()
+    dataset = open_dataset(dataset, progress)
     made = load_split(splits)
     refuse_other_data(dataset, made.data_md5, splits)
+    weights_sha256 = weights_digest(params.train)
+    key = training_key(made.data_md5, made.sha256, params.train, weights_sha256, image)
+    checkpoints = Checkpoints(checkpoint_address(output), key)
+    state = checkpoints.load()
     training.make_reproducible(params.train.seed)
     classifier = build_classifier(params.train)
     images = {name: _load(dataset, made, name, params, progress) for name in USED_SPLITS}
     seen = made.rows[made.rows["split"].isin(USED_SPLITS)]
     # Before the training: what happens to the files meanwhile changes nothing of what was used, and loses no model.
     seen = seen.assign(sha256=[artifacts.sha256_of_file(dataset / path) for path in seen["path"]])
-    weights_sha256 = weights_digest(params.train)
     with tracking.training_run(params, made.data_md5) as run:
         history = training.History(on_epoch=run.log_epoch)
-        _fit(classifier, images, params, history, progress)
+        _fit(classifier, images, params, history, checkpoints, state, progress)
         temperature = _fit_temperature(classifier, images["calibration"])
         summary = _save(
-            classifier, history, temperature, made, seen, weights_sha256, output, params, started, run.run_id
+            classifier, history, temperature, made, seen, weights_sha256, output, params, started, state, run.run_id
         )
+    checkpoints.clear()
     tracking.publish_if_reachable(params, model=output)
     return summary
 
@@ -77,15 +89,25 @@ def _fit(
     images: dict[str, training.LabelledImages],
     params: Params,
     history: training.History,
+    checkpoints: Checkpoints,
+    state: State | None,
     progress: Progress,
 ) -> None:
-    if classifier.is_pretrained and params.train.head_epochs:
+    if state is not None:
+        training.restore(classifier, history, state)
+        note(f"train: goes on after epoch {len(history.epochs)} ({history.epochs[-1].phase}) of an earlier attempt")
+    elif classifier.is_pretrained and params.train.head_epochs:
         advance = progress("train: head on cached features", params.train.head_epochs)
         training.fit_head(classifier, images["train"], images["val"], params.train, history, advance)
+        checkpoints.save(training.state_of(classifier, history))
     if params.train.epochs:
-        steps = training.steps_per_epoch(len(images["train"].labels), params.train) * params.train.epochs
-        advance = progress("train: fine-tuning", steps)
-        training.fine_tune(classifier, images["train"], images["val"], params.train, history, advance)
+        epochs_left = params.train.epochs - history.count("fine-tuning")
+        steps = training.steps_per_epoch(len(images["train"].labels), params.train)
+        advance = progress("train: fine-tuning", steps * epochs_left)
+        training.fine_tune(
+            classifier, images["train"], images["val"], params.train, history, advance,
+            on_state=checkpoints.save, optimizer_state=state.optimizer if state else (),
+        )  # fmt: skip
 
 
 def _fit_temperature(classifier: Classifier, calibration: training.LabelledImages) -> float:
@@ -103,6 +125,7 @@ def _save(
     output: Path,
     params: Params,
     started: float,
+    state: State | None,
     run_id: str | None,
 ) -> TrainingSummary:
     assert history.best is not None
@@ -116,6 +139,7 @@ def _save(
             best_val_accuracy=history.best.val_accuracy,
             temperature=temperature,
             seconds=round(time.monotonic() - started, 1),
+            resumed_after_epoch=len(state.rows) if state else None,
             mlflow_run_id=run_id,
         )
         artifacts.write_json(
@@ -138,7 +162,12 @@ def _save(
 
 
 def git_commit() -> str | None:
-    """The commit of the code in use, '-dirty' if files differ from it; None outside a repository."""
+    """The commit of the code in use, '-dirty' if files differ from it; None outside a repository.
+
+    An image has no repository: there BRAINTUMOR_GIT_COMMIT tells.
+    """
+    if built_from := os.environ.get("BRAINTUMOR_GIT_COMMIT", "").strip():
+        return built_from
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

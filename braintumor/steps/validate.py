@@ -19,6 +19,7 @@ from braintumor.artifacts import (
 from braintumor.data.data_docs import write_data_docs
 from braintumor.data.difference import as_json, compare
 from braintumor.data.duplicates import measure_leakage
+from braintumor.data.dvc_remote import open_dataset
 from braintumor.data.expectations import Finding, check_expectations
 from braintumor.data.manifest import file_md5s, list_contents, survey, version_md5, write_manifest
 from braintumor.data.oddities import odd_kinds, write_odd_images
@@ -55,6 +56,7 @@ def validate(
     findings and Data Docs alone, so that no later step can start, and raises CriticalFinding. Raises UserError for a
     context of other data.
     """
+    dataset = open_dataset(dataset, progress)
     contents = list_contents(dataset)
     accepted, resolved_md5 = load_accepted(context)
     # Before the images are read, which may take minutes.

@@ -116,5 +116,7 @@ def test_same_seed_trains_the_same_model(
     for name in ("one", "two"):
         ended = braintumor("train", "--output", tmp_path / name)
         assert ended.code == 0, ended.err
-        digests.append(read_json(tmp_path / name / "training.json", "")["model_digest"])
+        training = read_json(tmp_path / name / "training.json", "")
+        assert training["resumed_after_epoch"] is None
+        digests.append(training["model_digest"])
     assert digests[0] == digests[1]

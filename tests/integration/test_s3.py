@@ -1,80 +1,14 @@
-"""Weights at an s3:// address, on a real S3 server process."""
+"""Weights at an s3:// address, and objects by their keys, on a real S3 server process."""
 
-import json
 import shutil
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 
-from braintumor.data.dvc_remote import fetch_object
 from braintumor.errors import UserError
-
-KEY, SECRET = "tester", "tester-secret"
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory, free_ports: Any) -> Iterator[str]:
-    """The address of a SeaweedFS server with one bucket, `weights`, on loopback."""
-    folder = tmp_path_factory.mktemp("seaweed")
-    identity = {"name": "t", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    ports = dict(zip(("master", "volume", "filer", "s3"), free_ports(4), strict=True))
-    command = [
-        str(Path(sys.executable).with_name("weed")), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}",
-        "-s3", f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0",
-        "-master.volumeSizeLimitMB=64", "-master.telemetry=false",
-        *(f"-{name}.port={port}" for name, port in ports.items()),
-        *(f"-{name}.port.grpc={port}" for name, port in zip(ports, free_ports(4), strict=True)),
-    ]  # fmt: skip
-    with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
-        address = f"http://127.0.0.1:{ports['s3']}"
-        try:
-            _wait_until_ready(address, server, folder / "log")
-            yield address
-        finally:
-            server.terminate()
-
-
-def _wait_until_ready(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    client = boto3.client("s3", endpoint_url=address, aws_access_key_id=KEY, aws_secret_access_key=SECRET,
-                          region_name="us-east-1")  # fmt: skip
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            with urllib.request.urlopen(address, timeout=2):
-                pass
-        except urllib.error.HTTPError:
-            pass
-        except OSError:
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.3)
-            continue
-        try:
-            client.create_bucket(Bucket="weights")
-            client.put_object(Bucket="weights", Key="nets/backbone.weights.h5", Body=b"first")
-            return
-        except Exception:
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.5)
-
-
-@pytest.fixture
-def client(s3: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """boto3's own environment variables, and a client that uses them."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    return boto3.client("s3")
-
+from braintumor.object_store import ObjectChanged, ObjectMissing, fetch_object, open_store
 
 ADDRESS = "s3://weights/nets/backbone.weights.h5"
 
@@ -127,3 +61,71 @@ def test_training_reads_its_backbone_from_s3(
     from_file = build_classifier(train.model_copy(update={"weights": str(weights)})).backbone.get_weights()
     assert all((one == two).all() for one, two in zip(from_s3, from_file, strict=True))
     shutil.rmtree(tmp_path / "braintumor")
+
+
+def test_objects_are_written_read_listed_and_deleted(client: Any, tmp_path: Path) -> None:
+    store = open_store("s3://data/objects/")
+    (tmp_path / "file").write_bytes(b"of a file")
+    assert store.read("a/one") is None
+    assert list(store.list()) == []
+    store.write("a/one", b"first")
+    store.write("a/two", tmp_path / "file")
+    assert [(listed.key, listed.size) for listed in store.list("a/")] == [("a/one", 5), ("a/two", 9)]
+    assert all(listed.modified.tzinfo is not None for listed in store.list())
+    store.download("a/two", tmp_path / "deep/two")
+    assert (tmp_path / "deep/two").read_bytes() == b"of a file"
+    with pytest.raises(ObjectMissing, match="s3://data/objects/a/gone"):
+        store.download("a/gone", tmp_path / "deep/gone")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["two"]
+    for _ in range(2):
+        store.delete("a/two")
+    assert store.read("a/two") is None
+
+
+def test_listing_goes_on_after_a_thousand_objects(client: Any) -> None:
+    store = open_store("s3://data/many")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: store.write(f"{number:04d}", b""), range(1100)))
+    assert [listed.key for listed in store.list()] == [f"{number:04d}" for number in range(1100)]
+
+
+def test_conditional_write_needs_the_tag_that_was_read(client: Any, tmp_path: Path) -> None:
+    store = open_store(f"s3://data/{tmp_path.name}")
+    store.write_if("a", b"first", None)
+    first = store.read("a")
+    assert first is not None
+    for _ in range(2):
+        with pytest.raises(ObjectChanged):
+            store.write_if("a", b"first", None)
+    store.write_if("a", b"second", first.tag)
+    with pytest.raises(ObjectChanged):
+        store.write_if("a", b"third", first.tag)
+    with pytest.raises(ObjectChanged):
+        store.write_if("never", b"third", first.tag)
+    second = store.read("a")
+    assert second is not None and second.content == b"second"
+
+
+def test_conditional_write_whose_answer_was_lost_is_no_lost_race(
+    client: Any, proxy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+    store = open_store(f"s3://data/{tmp_path.name}")
+    proxy.rule = lambda method, path: "lost" if len(proxy.requests) == 1 else None
+    store.write_if("a", b"first", None)
+    assert [method for method, _ in proxy.requests] == ["PUT", "PUT", "GET"]
+    stored = store.read("a")
+    assert stored is not None and stored.content == b"first"
+
+
+def test_wrong_keys_and_missing_bucket_are_told_apart(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="no bucket nobucket"):
+        open_store("s3://nobucket").read("a")
+    with pytest.raises(UserError, match="no bucket nobucket"):
+        list(open_store("s3://nobucket").list())
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
+        with monkeypatch.context() as wrong:
+            wrong.setenv(name, "another-one")
+            with pytest.raises(UserError, match="does not know these keys") as refused:
+                open_store("s3://data").read("a")
+            assert "another-one" not in str(refused.value)

@@ -224,3 +224,10 @@ def test_the_manifest_can_be_read_by_anyone(dataset: Path, tmp_path: Path) -> No
     assert {"path", "label", "declared_split", "sha256", "duplicate_group"} <= set(pd.read_parquet(path).columns)
     assert pq.read_schema(path).field("width").type == pa.int64()
     pd.testing.assert_frame_equal(load_manifest(tmp_path)[0], surveyed.images)
+
+
+def test_rows_of_groups_with_a_field_too_many_are_refused(tmp_path: Path) -> None:
+    write_image(tmp_path / "train/glioma/a.png")
+    (tmp_path / "groups.csv").write_text("path,patient\ntrain/glioma/a.png,p1,p2\n")
+    with pytest.raises(UserError, match="more fields"):
+        survey(tmp_path, 1, 0.88)

@@ -1,10 +1,14 @@
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy.special import softmax
 
 from braintumor.errors import UserError
 from braintumor.model import training
-from braintumor.model.densenet import build_classifier
+from braintumor.model.checkpoints import Checkpoints, State
+from braintumor.model.densenet import Classifier, build_classifier, import_keras
 from braintumor.model.training import Epoch, History, LabelledImages
 from braintumor.params import Params
 
@@ -122,3 +126,119 @@ def test_head_learns_from_features_of_the_frozen_backbone(recipe: Params) -> Non
     assert history.best.val_accuracy >= 0.75
     for one, two in zip(before, classifier.backbone.get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+def small_classifier(precision: str) -> Classifier:
+    """A network that has all that the big one has: kernels, BatchNorm that trains, dropout, a head in 32 bits."""
+    keras = import_keras()
+    training.make_reproducible(5)
+    keras.config.set_dtype_policy(precision)
+    image = keras.Input((32, 32, 1), name="image")
+    maps = keras.layers.BatchNormalization()(
+        keras.layers.Conv2D(4, 3, strides=4)(keras.layers.Rescaling(1 / 255)(image))
+    )
+    features = keras.layers.GlobalAveragePooling2D(name="features")(keras.layers.Activation("relu")(maps))
+    kept = keras.layers.Dropout(0.3, name="dropout")(features)
+    logits = keras.layers.Dense(4, name="logits", dtype="float32")(kept)
+    keras.config.set_dtype_policy("float32")
+    network = keras.Model(image, logits)
+    return Classifier(network, network, is_pretrained=True)
+
+
+def trained(
+    train: Any, folder: Path | None = None, state: State | None = None
+) -> tuple[History, list[Any], list[State]]:
+    """The history, all variables and the states of a training, which goes on from `state` where there is one."""
+    classifier, history, states = small_classifier(train.precision), History(on_epoch=lambda row: None), []
+    if state is None:
+        training.fit_head(classifier, labelled(24), labelled(16, seed=1), train, history, lambda: None)
+        states.append(training.state_of(classifier, history))
+    else:
+        training.restore(classifier, history, state)
+    training.fine_tune(
+        classifier, labelled(24), labelled(16, seed=1), train, history, lambda: None,
+        on_state=states.append, optimizer_state=state.optimizer if state else (),
+    )  # fmt: skip
+    return history, [variable.numpy() for variable in classifier.network.variables], states
+
+
+def figures(history: History) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history.rows()]
+
+
+def recipe_with(recipe: Params, **changes: Any) -> Any:
+    small = {"head_epochs": 3, "epochs": 3, "learning_rate": 0.01, "dropout": 0.3, "early_stopping_epochs": 0}
+    return recipe.train.model_copy(update=small | changes)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision", "resumed_after"),
+    [("adamw", "float32", (0, 2)), ("adam", "mixed_float16", (1,)), ("sgd", "float32", (1,))],
+)
+def test_training_goes_on_from_its_states_as_if_nothing_had_happened(
+    recipe: Params, tmp_path: Path, optimizer: str, precision: str, resumed_after: tuple[int, ...]
+) -> None:
+    decay = 0.0 if optimizer == "adam" else 0.01
+    train = recipe_with(recipe, optimizer=optimizer, precision=precision, weight_decay=decay)
+    history, variables, states = trained(train)
+    assert len(states) == 4
+    assert [(row["epoch"], row["phase"]) for row in history.rows()] == [
+        (number, "head" if number <= 3 else "fine-tuning") for number in range(1, 7)
+    ]
+    for number in resumed_after:
+        # As it comes back from its file.
+        state, key = states[number], f"{number:064}"
+        Checkpoints(tmp_path, key).save(state)
+        again, resumed, later = trained(train, state=Checkpoints(tmp_path, key).load())
+        assert len(later) == 3 - number
+        assert figures(again) == figures(history)
+        assert again.rows()[: len(state.rows)] == history.rows()[: len(state.rows)]
+        assert again.best is not None and history.best is not None
+        assert again.best.epoch == history.best.epoch
+        for one, two in zip(resumed, variables, strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+def with_val_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float], done: int = 0) -> None:
+    """The validation losses of the epochs to come, after `done` of them."""
+    coming = iter(losses[done:])
+    monkeypatch.setattr(training, "score_logits", lambda logits, labels: (next(coming), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("losses", "stays_at", "resumed_after"),
+    [
+        # Three of the head; then the first epoch of fine-tuning is the best, and two worse ones end it all.
+        ([1.0, 0.9, 0.8, 0.7, 0.75, 0.71], 4, (2, 3)),
+        # Fine-tuning is never better than the head.
+        ([1.0, 0.5, 0.8, 0.7, 0.6], 2, (1,)),
+    ],
+)
+def test_best_epoch_and_early_stopping_survive_a_resume(
+    recipe: Params,
+    monkeypatch: pytest.MonkeyPatch,
+    losses: list[float],
+    stays_at: int,
+    resumed_after: tuple[int, ...],
+) -> None:
+    train = recipe_with(recipe, epochs=9, early_stopping_epochs=2)
+    with_val_losses(monkeypatch, losses)
+    history, variables, states = trained(train)
+    assert len(history.epochs) == len(losses)
+    for state in [states[number] for number in resumed_after]:
+        with_val_losses(monkeypatch, losses, done=len(state.rows))
+        again, resumed, _ = trained(train, state=state)
+        assert figures(again) == figures(history)
+        assert again.best is not None
+        assert again.best.epoch == stays_at
+        for one, two in zip(resumed, variables, strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+def test_best_weights_are_stored_once_where_they_are_the_networks(
+    recipe: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_val_losses(monkeypatch, [1.0, 0.9, 0.95, 0.8, 0.85, 0.7])
+    _, _, states = trained(recipe_with(recipe))
+    # The head ends with its best weights.
+    assert [state.best_weights is None for state in states] == [True, True, False, True]

@@ -1,0 +1,113 @@
+"""How an attempt of the pipeline ended, in one word and one sentence, for people and for a webhook."""
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from braintumor.errors import RegistryUnreachable, UserError
+from braintumor.progress import warn
+from braintumor.registry.attempts import FAILED, RUNNING, Record, read_record, record_failure
+from braintumor.registry.server import run_address
+from braintumor.registry.tracking import GATE_NOT_PASSED, OUTCOME, REGISTERED
+
+STEPS = ("resolve", "validate", "split", "train", "evaluate", "gate", "register")
+WEBHOOK_VARIABLE = "BRAINTUMOR_WEBHOOK"
+TRIES, TIMEOUT_S = 3, 10
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended; `step` is the one that failed."""
+
+    outcome: Literal["registered", "gate not passed", "nothing new", "failed"]
+    message: str
+    step: str | None = None
+    data_md5: str | None = None
+    mlflow_run_id: str | None = None
+    address: str | None = None
+
+    @property
+    def headline(self) -> str:
+        """'registered', 'gate not passed', 'nothing new' or 'failed in STEP'."""
+        return f"failed in {self.step}" if self.outcome == FAILED and self.step else self.outcome
+
+
+def report_attempt(*, has_succeeded: bool, error: str = "") -> Ending:
+    """MLflow and, where BRAINTUMOR_WEBHOOK names an address, a webhook are told how this pipeline run ended.
+
+    `has_succeeded` and `error` are what Kubeflow says of the run. Raises UserError, after all is told that can be, for
+    a webhook that does not take it and for a run that is green without a record of why.
+    """
+    try:
+        record = read_record()
+        ending = conclude(record, has_succeeded=has_succeeded, error=error)
+        if record is not None and ending.outcome == FAILED:
+            record_failure(record.run_id, ending.headline)
+    except RegistryUnreachable as unreachable:
+        ending = Ending(FAILED, f"{error or 'how it ended is not known'}; {unreachable}")
+    address = os.environ.get(WEBHOOK_VARIABLE, "").strip()
+    if address:
+        post(ending, address)
+    if ending.outcome == FAILED and has_succeeded:
+        raise UserError(f"the run is green, but {ending.message}")
+    return ending
+
+
+def conclude(record: Record | None, *, has_succeeded: bool, error: str = "") -> Ending:
+    """The ending that the steps' outcomes tell. What is not recorded is a failure, whatever Kubeflow says."""
+    if record is None:
+        step = None if has_succeeded else "resolve"
+        return Ending(FAILED, "no step left a record" + (f"; Kubeflow says: {error}" if error else ""), step)
+    tags = record.tags
+    facts = (tags.get("data_md5"), record.run_id, run_address(record.experiment_id, record.run_id))
+    if has_succeeded and record.is_nothing_new:
+        return Ending("nothing new", f"as in the last attempt, which ended as '{tags.get(OUTCOME)}'", None, *facts)
+    if has_succeeded and tags.get(OUTCOME) == REGISTERED:
+        return Ending("registered", tags.get(f"{OUTCOME}.register", ""), None, *facts)
+    if has_succeeded and tags.get(OUTCOME) == GATE_NOT_PASSED:
+        return Ending("gate not passed", tags.get(f"{OUTCOME}.gate", "").removeprefix("not passed: "), None, *facts)
+    step, message = _failure({} if record.is_nothing_new else tags)
+    return Ending(FAILED, message + (f"; Kubeflow says: {error}" if error else ""), step, *facts)
+
+
+def _failure(tags: Mapping[str, str]) -> tuple[str, str]:
+    left = {step: tags[f"{OUTCOME}.{step}"] for step in STEPS if f"{OUTCOME}.{step}" in tags}
+    for step, value in left.items():
+        if value == RUNNING:
+            return step, "it was killed: out of memory, over its time, or its node was lost"
+        if value.startswith(FAILED):
+            return step, value.removeprefix(FAILED).removeprefix(": ") or "see the log of its pod"
+    last = max((STEPS.index(step) for step in left), default=-1)
+    if last + 1 == len(STEPS):
+        return STEPS[-1], "its results could not be handed over"
+    return STEPS[last + 1], "it did not start, or left no record"
+
+
+def post(ending: Ending, address: str) -> None:
+    """The webhook has answered 2xx to a JSON object with the ending's fields, `headline` and `text`.
+
+    `text` is a line that chat services show. Three tries; raises UserError. The address counts as a secret.
+    """
+    link = f" {ending.address}" if ending.address else ""
+    text = f"brain-tumor-retraining: {ending.headline}. {ending.message}{link}"
+    content = json.dumps({**asdict(ending), "headline": ending.headline, "text": text}, sort_keys=True)
+    if not address.startswith(("https://", "http://")):
+        raise UserError(f"{WEBHOOK_VARIABLE} is no http(s) address; mend it in the Secret")
+    request = urllib.request.Request(
+        address, data=content.encode(), headers={"Content-Type": "application/json"}, method="POST"
+    )
+    for attempt in range(1, TRIES + 1):
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S):
+                return
+        except (OSError, ValueError) as error:
+            reason = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
+            warn(f"the webhook did not take the message ({reason}), try {attempt} of {TRIES}")
+            if attempt < TRIES:
+                time.sleep(2.0**attempt)
+    raise UserError(f"the webhook did not take the message ({reason}); mend {WEBHOOK_VARIABLE} in the Secret. {text}")

@@ -1,0 +1,129 @@
+"""The graph: resolve -> (anything new) -> validate -> split -> train -> evaluate -> gate -> (passed) -> register."""
+
+from kfp import dsl, kubernetes
+from kfp.dsl.graph_component import GraphComponent
+from kfp.dsl.pipeline_task import PipelineTask
+
+from braintumor.params import ClusterParams, Profile
+from components.evaluate import evaluate
+from components.gate import gate
+from components.register import register
+from components.report import report
+from components.resolve import resolve
+from components.split import split
+from components.train import train
+from components.validate import validate
+
+NAME = "brain-tumor-retraining"
+DESCRIPTION = "From a version of the images to a gated version of the classifier. Research, not a diagnostic device."
+
+# Steps without effects: their results may be used again. What owns an MLflow run or registers must run.
+PURE = frozenset({"validate", "split"})
+# Never validate: a critical finding is the same at the second try. Its downloads are tried again within the step.
+RETRIES = {"resolve": 3, "split": 2, "train": 2, "evaluate": 2, "gate": 3, "register": 3, "report": 3}
+READS_IMAGES = frozenset({"resolve", "validate", "split", "train", "evaluate"})
+ON_GPU = frozenset({"train", "evaluate"})
+CACHE = "/cache"
+
+MLFLOW_ADDRESSES = ("MLFLOW_TRACKING_URI",)
+DATA_ADDRESSES = ("BRAINTUMOR_DATA_REMOTE", "BRAINTUMOR_CHECKPOINTS", "BRAINTUMOR_CACHE")
+S3_ADDRESSES = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+WEBHOOK = ("BRAINTUMOR_WEBHOOK",)
+
+
+def retraining_pipeline(profile: Profile, image: str) -> GraphComponent:
+    """The graph for this profile, all its tasks in `image`.
+
+    Its parameters are `dataset` ('latest', the published version, or an md5), `params` (JSON text, the profile's unless
+    given) and `force` (train though nothing is new).
+    """
+    is_pinned = "@sha256:" in image
+
+    def placed(task: PipelineTask, step: str) -> PipelineTask:
+        task.set_container_image(image)
+        # A tag can move to other code, and Kubeflow's cache sees the image's name alone.
+        task.set_caching_options(step in PURE and is_pinned)
+        _ask_for_resources(task, step, profile.cluster)
+        _pass_environment(task, step, profile.cluster)
+        return task
+
+    @dsl.pipeline(name=NAME, description=DESCRIPTION)
+    def retraining(dataset: str = "latest", params: str = profile.as_json(), force: bool = False):  # type: ignore[no-untyped-def]
+        with dsl.ExitHandler(placed(report(), "report"), name="attempt"):
+            resolved = placed(resolve(dataset=dataset, params=params, image=image, force=force), "resolve")
+            context, data = resolved.outputs["context"], resolved.outputs["data"]
+            with dsl.If(resolved.outputs["Output"] == True, name="anything-new"):  # noqa: E712 -- builds a condition
+                task = validate(
+                    dataset=data, context=context, context_digest=resolved.outputs["context_digest"], params=params
+                )
+                validated = placed(task, "validate")
+                validation = validated.outputs["validation"]
+                task = split(
+                    dataset=data, validation=validation, validation_digest=validated.outputs["Output"], params=params
+                )
+                splits = placed(task, "split").outputs["splits"]
+                task = train(dataset=data, splits=splits, params=params, image=image)
+                model = placed(task, "train").outputs["model"]
+                task = evaluate(dataset=data, splits=splits, model=model, params=params)
+                evaluation = placed(task, "evaluate").outputs["evaluation"]
+                task = gate(evaluation=evaluation, context=context, validation=validation, params=params)
+                judged = placed(task, "gate")
+                with dsl.If(judged.outputs["Output"] == True, name="passed"):  # noqa: E712 -- builds a condition
+                    task = register(
+                        model=model,
+                        splits=splits,
+                        evaluation=evaluation,
+                        decision=judged.outputs["decision"],
+                        context=context,
+                        validation=validation,
+                        params=params,
+                    )
+                    placed(task, "register")
+
+    return retraining
+
+
+def _ask_for_resources(task: PipelineTask, step: str, cluster: ClusterParams) -> None:
+    resources = {"train": cluster.train, "evaluate": cluster.evaluate}.get(step, cluster.steps)
+    task.set_cpu_request(resources.cpu).set_cpu_limit(resources.cpu)
+    task.set_memory_request(resources.memory).set_memory_limit(resources.memory)
+    kubernetes.set_timeout(task, resources.timeout_minutes * 60)
+    if step in RETRIES:
+        task.set_retry(RETRIES[step], backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="900s")
+    user = cluster.run_as_user
+    kubernetes.set_security_context(task, run_as_user=user, run_as_group=user, run_as_non_root=True)
+    kubernetes.set_image_pull_policy(task, "IfNotPresent")
+    kubernetes.add_pod_label(task, "app.kubernetes.io/name", "braintumor")
+    kubernetes.add_pod_label(task, "app.kubernetes.io/component", step)
+    if step not in ON_GPU:
+        return
+    # The default of 64 MB is too little for what processes share.
+    kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=cluster.shared_memory)
+    if cluster.gpu is not None:
+        task.set_accelerator_type(cluster.gpu.resource).set_accelerator_limit(cluster.gpu.count)
+        for key, value in sorted(cluster.gpu.node_selector.items()):
+            kubernetes.add_node_selector(task, key, value)
+        for taint in cluster.gpu.tolerations:
+            kubernetes.add_toleration(task, taint.key, taint.operator, taint.value, taint.effect)
+
+
+def _pass_environment(task: PipelineTask, step: str, cluster: ClusterParams) -> None:
+    # Kubeflow's label on every pod of a run. Not an input: it would keep every cached result from being used.
+    kubernetes.use_field_path_as_env(task, "BRAINTUMOR_PIPELINE_RUN", "metadata.labels['pipeline/runid']")
+    kubernetes.use_config_map_as_env(task, cluster.addresses, _as_named(MLFLOW_ADDRESSES))
+    keys: tuple[str, ...] = MLFLOW_KEYS
+    if step in READS_IMAGES:
+        kubernetes.use_config_map_as_env(task, cluster.addresses, _as_named(DATA_ADDRESSES))
+        kubernetes.use_config_map_as_env(task, cluster.addresses, _as_named(S3_ADDRESSES), optional=True)
+        kubernetes.mount_pvc(task, cluster.cache_claim, CACHE)
+        keys += S3_KEYS
+    if step == "report":
+        keys += WEBHOOK
+    # Optional: pods may have a cloud's own identity instead of keys, and MLflow may ask for no password.
+    kubernetes.use_secret_as_env(task, cluster.credentials, _as_named(keys), optional=True)
+
+
+def _as_named(names: tuple[str, ...]) -> dict[str, str]:
+    return {name: name for name in names}

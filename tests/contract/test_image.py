@@ -1,0 +1,161 @@
+"""The image's file: two targets, locked requirements, no root, and nothing in it that a step doesn't need."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LINES = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text()).splitlines()
+INSTRUCTIONS = [tuple(line.split(maxsplit=1)) for line in LINES if line and not line.startswith("#")]
+TARGETS = ("cpu", "gpu")
+
+targets = pytest.mark.parametrize("target", TARGETS)
+
+
+def stages() -> dict[str, tuple[str, list[tuple[str, str]]]]:
+    """Name of each stage, what it stands on, and its instructions."""
+    found: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+    for instruction, rest in INSTRUCTIONS:
+        if instruction == "FROM":
+            parent, _, name = rest.split()
+            found[name] = (parent, [])
+        elif found:
+            list(found.values())[-1][1].append((instruction, rest))
+    return found
+
+
+def built(target: str) -> list[tuple[str, str]]:
+    """All instructions behind a target, from the base image on."""
+    parent, own = stages()[target]
+    return [*(built(parent) if parent in stages() else []), *own]
+
+
+def pins(name: str) -> set[str]:
+    return set(re.findall(r"^[\w.-]+", (ROOT / "requirements" / name).read_text(), re.MULTILINE))
+
+
+def copied_from_the_context() -> set[str]:
+    copies = [rest.split()[:-1] for instruction, rest in INSTRUCTIONS if instruction == "COPY"]
+    return {source for sources in copies if not sources[0].startswith("--from") for source in sources}
+
+
+def test_lint_finds_nothing() -> None:
+    lint = subprocess.run(
+        [Path(sys.prefix) / "bin/hadolint", ROOT / "Dockerfile"], capture_output=True, text=True, check=False
+    )
+    assert (lint.returncode, lint.stdout) == (0, "")
+
+
+def test_every_stage_stands_on_the_pinned_base_or_on_a_stage_before_it() -> None:
+    assert INSTRUCTIONS[0][0] == "ARG"
+    # A registry's name would hold a slash, and a base without a tag could be any.
+    assert re.fullmatch(r"BASE=python:3\.11-slim-\w+", INSTRUCTIONS[0][1])
+    seen: set[str] = set()
+    for name, (parent, _) in stages().items():
+        assert parent == "${BASE}" or parent in seen
+        seen.add(name)
+    assert seen >= set(TARGETS)
+
+
+def test_no_address_is_written_down() -> None:
+    assert "://" not in "\n".join(LINES)
+
+
+@targets
+def test_nothing_of_the_stages_with_an_installer_is_shipped_but_what_is_copied(target: str) -> None:
+    assert not any(
+        re.search(r"\b(pip|apt-get|venv)\b (?!\*)", rest) for instruction, rest in built(target) if instruction == "RUN"
+    )
+    copies = [rest.split() for instruction, rest in built(target) if instruction == "COPY" and "--from" in rest]
+    assert copies
+    assert {(source, place) for _, source, place in copies} <= {
+        (f"/opt/{name}", "/opt/braintumor") for name in ("braintumor", "package", "cuda")
+    }
+
+
+def test_everything_that_is_installed_is_locked_by_hash_or_comes_from_the_repository() -> None:
+    installs = [rest for instruction, rest in INSTRUCTIONS if instruction == "RUN" and "pip install" in rest]
+    assert len(installs) == 3
+    for install in installs:
+        assert "--require-hashes" in install or "--no-index --no-deps --no-build-isolation" in install
+
+
+def test_the_build_backend_is_all_that_is_removed_and_cuda_all_that_the_gpu_target_adds() -> None:
+    (removal,) = [rest for _, rest in INSTRUCTIONS if "pip uninstall" in rest]
+    removed = removal.split("--yes ")[1].split(" &&")[0].split()
+    assert set(removed) == pins("run.txt") - pins("gpu.txt")
+    added = pins("gpu.txt") - pins("run.txt")
+    assert "nvidia-cudnn-cu12" in added
+    assert all(name.startswith("nvidia-") for name in added)
+
+
+def test_gpu_lock_has_the_versions_of_the_run_lock() -> None:
+    def versions(name: str) -> dict[str, str]:
+        return dict(re.findall(r"^([\w.-]+)\S*==(\S+)", (ROOT / "requirements" / name).read_text(), re.MULTILINE))
+
+    run, gpu = versions("run.txt"), versions("gpu.txt")
+    assert {name: gpu[name] for name in run if name in gpu} == {name: run[name] for name in run if name in gpu}
+
+
+def test_both_targets_end_alike_with_the_code_last() -> None:
+    (_, cpu), (_, gpu) = stages()["cpu"], stages()["gpu"]
+    assert cpu == gpu
+    assert cpu[0] == ("COPY", "--from=package /opt/package /opt/braintumor")
+    # Of what changes with every commit, nothing stands before the requirements.
+    code = {"braintumor", "components", "pipelines", "params", "pyproject.toml"}
+    before = [rest for name in ("pip", "requirements", "runtime") for _, rest in built(name)]
+    assert not any(set(rest.split()) & code for rest in before if "COPY" in rest)
+
+
+@targets
+def test_the_image_runs_as_a_numbered_user_who_is_not_root(target: str) -> None:
+    users = [rest for instruction, rest in built(target) if instruction == "USER"]
+    assert users == ["10001:10001"]
+    assert not any(instruction == "ENTRYPOINT" for instruction, _ in built(target))
+
+
+@targets
+def test_the_image_knows_its_commit_and_refuses_to_be_built_without(target: str) -> None:
+    instructions = built(target)
+    assert ("LABEL", "org.opencontainers.image.revision=${GIT_COMMIT}") in instructions
+    assert ("ENV", "BRAINTUMOR_GIT_COMMIT=${GIT_COMMIT}") in instructions
+    # After all that is copied: another commit with the same code changes no layer.
+    assert [instruction for instruction, _ in instructions[-4:]] == ["ARG", "RUN", "LABEL", "ENV"]
+    assert any(
+        instruction == "RUN" and rest.startswith('test -n "${GIT_COMMIT}"') for instruction, rest in instructions
+    )
+
+
+@targets
+def test_imports_are_tried_at_the_build(target: str) -> None:
+    (trial,) = [rest for instruction, rest in built(target) if "python3 -c" in rest]
+    for name in ("braintumor", "components", "pipelines", "tensorflow", "kfp", "mlflow", "great_expectations", "boto3"):
+        assert re.search(rf"\b{name}\b", trial.split("import", 1)[1])
+    assert "&& braintumor --help" in trial
+
+
+def test_the_build_sees_nothing_but_what_it_copies() -> None:
+    first, *allowed = [
+        line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")
+    ]
+    assert first == "*"
+    assert {line[1:] for line in allowed if line.startswith("!")} == copied_from_the_context()
+    assert [line for line in allowed if not line.startswith("!")] == ["**/__pycache__"]
+    for source in copied_from_the_context():
+        assert (ROOT / source).exists(), source
+
+
+def test_what_the_image_installs_is_what_the_wheel_holds() -> None:
+    packages = re.search(
+        r"^\[tool\.hatch.*?\]\npackages = (\[.*\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
+    assert packages
+    folders = {name for name in copied_from_the_context() if (ROOT / name / "__init__.py").is_file()}
+    assert set(re.findall(r'"(\w+)"', packages[1])) == folders
+
+
+def test_the_check_of_the_image_is_a_script_that_bash_reads() -> None:
+    assert subprocess.run(["bash", "-n", ROOT / "tests/image/check"], check=False).returncode == 0
