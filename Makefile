@@ -30,7 +30,7 @@ ui: $(VENV)/run  ## open the registry of this folder at http://127.0.0.1:5000
 	$(here) mlflow server --backend-store-uri sqlite:///mlflow.db --artifacts-destination mlartifacts --host 127.0.0.1 --port 5000
 
 test: $(VENV)/dev $(VENV)/security/installed data lint  ## lint, types, import contracts and all tests
-	pytest -n 2 --dist loadfile
+	pytest -n 2 --dist loadfile --no-loadscope-reorder  # long files first, as they are named
 
 lint: $(VENV)/dev  ## formatting, lint, types and import contracts
 	ruff format --check .

@@ -83,6 +83,13 @@ def digest_of_files(root: Path, files: Iterable[Path]) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
+def source_digest() -> str:
+    """Hex SHA-256 over the code of this installation: the same for the same code, wherever it is installed."""
+    root = Path(__file__).parents[1]
+    packages = (root / name for name in ("braintumor", "components", "pipelines"))
+    return digest_of_files(root, (file for package in packages for file in package.rglob("*.py")))
+
+
 def read_json(path: Path, made_by: str) -> dict[str, Any]:
     """The JSON object in `path`; `made_by` is the command that a person runs if it is missing."""
     if not path.is_file():

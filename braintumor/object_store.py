@@ -399,7 +399,7 @@ def _appearing(file: Path) -> Iterator[BinaryIO]:
         file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, partial = tempfile.mkstemp(prefix=f".{file.name[:100]}{PARTIAL}", dir=file.parent)
     try:
-        with os.fdopen(descriptor, "wb", buffering=0) as target:
+        with os.fdopen(descriptor, "wb") as target:
             yield target
             os.fchmod(target.fileno(), 0o644)
         Path(partial).replace(file)

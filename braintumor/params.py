@@ -256,7 +256,9 @@ def parse_params(text: str) -> Params:
     except json.JSONDecodeError as error:
         raise UserError(f"{name} is not valid JSON: {error}; leave it as it was compiled, or mend it") from error
     if not isinstance(content, dict):
-        raise UserError(f"{name} holds no sections; it needs {', '.join(Params.model_fields)}")
+        raise UserError(
+            f"{name} holds no sections; it needs {', '.join(section for section in SECTIONS if section != 'cluster')}"
+        )
     return _checked(Params, content, name)
 
 

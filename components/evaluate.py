@@ -10,6 +10,7 @@ def evaluate(
     splits: Input[Artifact],
     model: Input[Model],
     params: str,
+    run_id: str,
     evaluation: Output[Artifact],
     figures: Output[Metrics],
     confusion_matrix: Output[ClassificationMetrics],
@@ -29,9 +30,9 @@ def evaluate(
     from components.views import log_confusion_matrix, log_evaluation, log_roc_curves, write_evaluation_report
 
     output = Path(evaluation.path)
-    with step_of_the_attempt("evaluate"), shown() as progress:
+    with step_of_the_attempt("evaluate", run_id), shown() as progress:
         evaluate(Path(dataset), Path(splits.path), Path(model.path), output, parse_params(params), progress)
-    log_evaluation(output, figures)
-    log_confusion_matrix(output, confusion_matrix)
-    log_roc_curves(output, [roc_glioma, roc_meningioma, roc_notumor, roc_pituitary])
-    write_evaluation_report(output, Path(report.path))
+        log_evaluation(output, figures)
+        log_confusion_matrix(output, confusion_matrix)
+        log_roc_curves(output, [roc_glioma, roc_meningioma, roc_notumor, roc_pituitary])
+        write_evaluation_report(output, Path(report.path))

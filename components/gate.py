@@ -10,6 +10,7 @@ def gate(
     context: Input[Artifact],
     validation: Input[Artifact],
     params: str,
+    run_id: str,
     decision: Output[Artifact],
     report: Output[HTML],
 ) -> bool:
@@ -22,8 +23,8 @@ def gate(
     from components.views import write_decision_report
 
     inputs = (Path(evaluation.path), Path(context.path), Path(validation.path))
-    with step_of_the_attempt("gate"):
+    with step_of_the_attempt("gate", run_id):
         verdict = gate(*inputs, Path(decision.path), parse_params(params).gate)
-    write_decision_report(Path(decision.path), Path(report.path))
+        write_decision_report(Path(decision.path), Path(report.path))
     print("\n".join([f"gate: {'passed' if verdict.passed else 'not passed'}", *verdict.failures]))
     return verdict.passed

@@ -13,6 +13,7 @@ def register(
     context: Input[Artifact],
     validation: Input[Artifact],
     params: str,
+    run_id: str,
     registration: Output[Artifact],
 ) -> str:
     """Register the model in MLflow as challenger, after checking every digest again; returns its version."""
@@ -22,7 +23,7 @@ def register(
     from braintumor.registry.attempts import step_of_the_attempt
     from braintumor.steps.register import register
 
-    with step_of_the_attempt("register"):
+    with step_of_the_attempt("register", run_id):
         registered = register(
             model=Path(model.path),
             splits=Path(splits.path),

@@ -14,6 +14,6 @@ def report(status: dsl.PipelineTaskFinalStatus, ending: Output[Markdown]):
     from components.views import write_ending
 
     with without_traceback():
-        told = report_attempt(has_succeeded=status.state == "SUCCEEDED", error=status.error_message or "")
+        told = report_attempt(state=status.state, error=status.error_message or "")
     write_ending(told, Path(ending.path))
     print(f"report: {told.headline}. {told.message}")

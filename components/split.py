@@ -27,4 +27,4 @@ def split(
 
     with step_of_the_attempt("split"), shown() as progress:
         split(Path(dataset), Path(validation.path), Path(splits.path), parse_params(params).split, progress)
-    log_split(Path(splits.path), figures)
+        log_split(Path(splits.path), figures)

@@ -10,6 +10,7 @@ def train(
     splits: Input[Artifact],
     params: str,
     image: str,
+    run_id: str,
     model: Output[Model],
     figures: Output[Metrics],
 ):
@@ -22,6 +23,6 @@ def train(
     from braintumor.steps.train import train
     from components.views import log_training
 
-    with step_of_the_attempt("train"), shown() as progress:
+    with step_of_the_attempt("train", run_id), shown() as progress:
         train(Path(dataset), Path(splits.path), Path(model.path), parse_params(params), progress, image=image)
-    log_training(Path(model.path), figures)
+        log_training(Path(model.path), figures)

@@ -29,5 +29,5 @@ def validate(
     output = Path(validation.path)
     with step_of_the_attempt("validate", evidence=output / DATA_DOCS), shown() as progress:
         validate(Path(dataset), Path(context.path), output, parse_params(params), progress)
-    write_validation_report(output, Path(report.path))
+        write_validation_report(output, Path(report.path))
     return digest_of_files(output, [output / MANIFEST, output / DIFFERENCE])

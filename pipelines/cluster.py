@@ -215,7 +215,8 @@ def schedule(
     left = [run.recurring_run_id for run in _recurring_runs(client, name)]
     if left != [kept]:
         raise UserError(
-            f"{len(left)} recurring runs are called {name}, not one: somebody else schedules it now; run it again"
+            f"somebody else schedules {name} now: {len(left)} recurring runs are called so, this one or others; "
+            "run it again"
         )
     return Scheduled(kept, _schedule_address(client, kept), version.name, cron, not same, len(removed))
 

@@ -20,14 +20,16 @@ DESCRIPTION = "From a version of the images to a gated version of the classifier
 # Steps without effects: their results may be used again. What owns an MLflow run or registers must run.
 PURE = frozenset({"validate", "split"})
 # Never validate: a critical finding is the same at the second try. Its downloads are tried again within the step.
-RETRIES = {"resolve": 3, "split": 2, "train": 2, "evaluate": 2, "gate": 3, "register": 3, "report": 3}
+# Nor report, which would tell its message again.
+RETRIES = {"resolve": 3, "split": 2, "train": 2, "evaluate": 2, "gate": 3, "register": 3}
+PAUSE_S, PAUSE_FACTOR = 60, 2
 READS_IMAGES = frozenset({"resolve", "validate", "split", "train", "evaluate"})
 ON_GPU = frozenset({"train", "evaluate"})
 CACHE = "/cache"
 
 MLFLOW_ADDRESSES = ("MLFLOW_TRACKING_URI",)
 DATA_ADDRESSES = ("BRAINTUMOR_DATA_REMOTE", "BRAINTUMOR_CHECKPOINTS", "BRAINTUMOR_CACHE")
-S3_ADDRESSES = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+OPTIONAL_SETTINGS = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "BRAINTUMOR_CACHE_DAYS", "BRAINTUMOR_CACHE_GB")
 MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 WEBHOOK = ("BRAINTUMOR_WEBHOOK",)
@@ -53,7 +55,7 @@ def retraining_pipeline(profile: Profile, image: str) -> GraphComponent:
     def retraining(dataset: str = "latest", params: str = profile.as_json(), force: bool = False):  # type: ignore[no-untyped-def]
         with dsl.ExitHandler(placed(report(), "report"), name="attempt"):
             resolved = placed(resolve(dataset=dataset, params=params, image=image, force=force), "resolve")
-            context, data = resolved.outputs["context"], resolved.outputs["data"]
+            context, data, run_id = (resolved.outputs[name] for name in ("context", "data", "run_id"))
             with dsl.If(resolved.outputs["Output"] == True, name="anything-new"):  # noqa: E712 -- builds a condition
                 task = validate(
                     dataset=data, context=context, context_digest=resolved.outputs["context_digest"], params=params
@@ -64,11 +66,11 @@ def retraining_pipeline(profile: Profile, image: str) -> GraphComponent:
                     dataset=data, validation=validation, validation_digest=validated.outputs["Output"], params=params
                 )
                 splits = placed(task, "split").outputs["splits"]
-                task = train(dataset=data, splits=splits, params=params, image=image)
+                task = train(dataset=data, splits=splits, params=params, image=image, run_id=run_id)
                 model = placed(task, "train").outputs["model"]
-                task = evaluate(dataset=data, splits=splits, model=model, params=params)
+                task = evaluate(dataset=data, splits=splits, model=model, params=params, run_id=run_id)
                 evaluation = placed(task, "evaluate").outputs["evaluation"]
-                task = gate(evaluation=evaluation, context=context, validation=validation, params=params)
+                task = gate(evaluation=evaluation, context=context, validation=validation, params=params, run_id=run_id)
                 judged = placed(task, "gate")
                 with dsl.If(judged.outputs["Output"] == True, name="passed"):  # noqa: E712 -- builds a condition
                     task = register(
@@ -79,6 +81,7 @@ def retraining_pipeline(profile: Profile, image: str) -> GraphComponent:
                         context=context,
                         validation=validation,
                         params=params,
+                        run_id=run_id,
                     )
                     placed(task, "register")
 
@@ -91,7 +94,15 @@ def _ask_for_resources(task: PipelineTask, step: str, cluster: ClusterParams) ->
     task.set_memory_request(resources.memory).set_memory_limit(resources.memory)
     kubernetes.set_timeout(task, resources.timeout_minutes * 60)
     if step in RETRIES:
-        task.set_retry(RETRIES[step], backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="900s")
+        # Argo's limit is on all tries and pauses together, and ends the try that is under way.
+        pauses = sum(PAUSE_S * PAUSE_FACTOR**number for number in range(RETRIES[step]))
+        longest = (RETRIES[step] + 1) * resources.timeout_minutes * 60 + pauses
+        task.set_retry(
+            RETRIES[step],
+            backoff_duration=f"{PAUSE_S}s",
+            backoff_factor=float(PAUSE_FACTOR),
+            backoff_max_duration=f"{longest}s",
+        )
     user = cluster.run_as_user
     kubernetes.set_security_context(task, run_as_user=user, run_as_group=user, run_as_non_root=True)
     kubernetes.set_image_pull_policy(task, "IfNotPresent")
@@ -116,7 +127,7 @@ def _pass_environment(task: PipelineTask, step: str, cluster: ClusterParams) -> 
     keys: tuple[str, ...] = MLFLOW_KEYS
     if step in READS_IMAGES:
         kubernetes.use_config_map_as_env(task, cluster.addresses, _as_named(DATA_ADDRESSES))
-        kubernetes.use_config_map_as_env(task, cluster.addresses, _as_named(S3_ADDRESSES), optional=True)
+        kubernetes.use_config_map_as_env(task, cluster.addresses, _as_named(OPTIONAL_SETTINGS), optional=True)
         kubernetes.mount_pvc(task, cluster.cache_claim, CACHE)
         keys += S3_KEYS
     if step == "report":

@@ -115,15 +115,20 @@ class DatasetCache:
 
     def holds(self, md5: str) -> bool:
         """Whether the file of this md5 is there; it is read and verified."""
-        file = self.object(md5)
-        return file.is_file() and md5_of_file(file) == md5
+        try:
+            return _md5_of_file(self.object(md5)) == md5
+        except FileNotFoundError:
+            return False
 
     def take(self, md5: str, file: Path) -> None:
         """The verified `file` is the cache's now."""
         target = self.object(md5)
-        target.parent.mkdir(parents=True, exist_ok=True)
         file.chmod(0o444)
-        file.replace(target)
+        try:
+            file.replace(target)
+        except FileNotFoundError:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
 
     def build(self, version: str, listing: Mapping[str, str]) -> None:
         """The version's folder holds the files that `listing` names (md5 by path), all of them in the cache already."""
@@ -236,7 +241,7 @@ class DatasetCache:
             os.close(descriptor)
 
 
-def md5_of_file(file: Path) -> str:
+def _md5_of_file(file: Path) -> str:
     """Hex md5 of the file's bytes, as DVC names files."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

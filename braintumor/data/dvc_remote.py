@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from braintumor.data.dataset_cache import MD5, DatasetCache, md5_of_file, read_limits
+from braintumor.data.dataset_cache import MD5, DatasetCache, read_limits
 from braintumor.errors import UserError, name_some
 from braintumor.object_store import CONNECTIONS, ObjectMissing, Store, cache_folder, open_store
 from braintumor.progress import Progress, silent
@@ -144,10 +144,10 @@ def _fetch(
             return None
         file = scratch / md5
         try:
-            remote.download(object_key(md5), file)
+            actual = remote.download(object_key(md5), file)
         except ObjectMissing:
             return Fault(True, f"{paths[md5][0]} ({object_key(md5)})")
-        if (actual := md5_of_file(file)) != md5:
+        if actual != md5:
             size = file.stat().st_size
             file.unlink()
             return Fault(False, f"{paths[md5][0]} ({object_key(md5)}: {_wrong(size, actual)})")

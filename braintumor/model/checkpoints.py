@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from braintumor.artifacts import sha256_of_file
+from braintumor.artifacts import source_digest
 from braintumor.object_store import PARTIAL, open_store
 from braintumor.params import TrainParams
 from braintumor.progress import warn
@@ -60,15 +60,10 @@ def training_key(
         "params": params.model_dump(mode="json"),
         "weights_sha256": weights_sha256,
         "image": image,
-        "source": _source_digests(),
+        "source": source_digest(),
         "libraries": {name: version(name) for name in ("keras", "numpy", "tensorflow")},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _source_digests() -> dict[str, str]:
-    package = Path(__file__).parents[1]
-    return {file.relative_to(package).as_posix(): sha256_of_file(file) for file in package.rglob("*.py")}
 
 
 def checkpoint_address(output: Path) -> str | Path:

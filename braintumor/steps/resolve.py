@@ -7,8 +7,9 @@ from braintumor import artifacts
 from braintumor.artifacts import digest_of_files, replacing_directory, write_json
 from braintumor.data.profile import Accepted, write_accepted
 from braintumor.data.versions import find_version
+from braintumor.errors import UserError
 from braintumor.params import Params, RegisterParams
-from braintumor.registry.attempts import open_attempt
+from braintumor.registry.attempts import open_attempt, open_run_for_a_failure
 from braintumor.registry.versions import champion, last_accepted
 
 
@@ -25,10 +26,14 @@ class Context:
 
 @dataclass(frozen=True)
 class Resolution:
-    """What the other tasks of a pipeline go by; `dataset` is a folder or an md5, `context_digest` keys their cache."""
+    """What the other tasks of a pipeline go by; `dataset` is a folder or an md5.
+
+    `context_digest` keys their cache, and `run_id` is the attempt's run in MLflow.
+    """
 
     dataset: str
     context_digest: str
+    run_id: str
     is_new: bool
     reason: str
 
@@ -60,12 +65,17 @@ def resolve_attempt(dataset: Path, output: Path, params: Params, image: str, *, 
 
     If there is, MLflow has a run for it, which the later steps join. Raises UserError outside a pipeline, too.
     """
-    context = resolve(dataset, output, params.registration)
+    try:
+        context = resolve(dataset, output, params.registration)
+    except UserError:
+        open_run_for_a_failure(params)
+        raise
     attempt = open_attempt(params, context.data_md5, image, is_forced=is_forced)
     return Resolution(
         dataset=str(dataset) if dataset.is_dir() else context.data_md5,
         # A new champion is no reason to validate the same data again.
         context_digest=digest_of_files(output, [output / artifacts.ACCEPTED]),
+        run_id=attempt.run_id,
         is_new=attempt.is_new,
         reason=attempt.reason,
     )

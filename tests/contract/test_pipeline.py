@@ -107,6 +107,10 @@ def test_every_component_is_named_after_its_step_and_calls_it() -> None:
         assert not [node for node in ast.walk(function) if isinstance(node, ast.If | ast.For | ast.While | ast.Try)]
         marks = re.findall(r'step_of_the_attempt\("(\w+)"', ast.unparse(function).replace("'", '"'))
         assert marks == [step]
+        # What fails outside the block would be told of the next step.
+        block = next(node for node in function.body if isinstance(node, ast.With))
+        after = function.body[function.body.index(block) + 1 :]
+        assert all(isinstance(node, ast.Return) or ast.unparse(node).startswith("print(") for node in after), step
     assert {path.stem for path in (ROOT / "components").glob("*.py")} == {"__init__", "views", *TASKS}
 
 
@@ -171,6 +175,8 @@ def test_only_steps_without_effects_are_cached_and_only_with_a_digest(package: t
         inputs = compiled.tasks[step]["inputs"]["parameters"]
         assert any(name.endswith("_digest") for name in inputs)
         assert not any("run" in name for name in inputs)
+    for step in ("train", "evaluate", "gate", "register"):
+        assert "run_id" in compiled.tasks[step]["inputs"]["parameters"]
     assert all(compiled.container(step)["image"] == IMAGE for step in TASKS)
 
 
@@ -180,12 +186,16 @@ def test_a_critical_finding_is_never_tried_again_and_all_else_is_with_back_off(
     _, _, compiled = package
     for step in TASKS:
         retries = compiled.tasks[step].get("retryPolicy")
-        if step == "validate":
+        if step in {"validate", "report"}:
             assert retries is None
-        else:
-            assert retries is not None
-            assert 1 <= retries["maxRetryCount"] <= 3
-            assert retries["backoffDuration"] == "60s" and retries["backoffFactor"] == 2.0
+            continue
+        assert retries is not None
+        tries = retries["maxRetryCount"]
+        assert 1 <= tries <= 3
+        assert retries["backoffDuration"] == "60s" and retries["backoffFactor"] == 2.0
+        # Argo counts it from the first try's start, and ends the try that is under way then.
+        enough = (tries + 1) * int(compiled.kubernetes(step)["activeDeadlineSeconds"]) + 60 * (2**tries - 1)
+        assert int(retries["backoffMaxDuration"].removesuffix("s")) >= enough
 
 
 def test_every_task_has_limits_a_time_and_no_root(package: tuple[str, Profile, Package]) -> None:
@@ -245,6 +255,8 @@ def test_each_task_gets_the_addresses_and_secrets_that_it_needs_and_no_more(
         "BRAINTUMOR_CACHE": "configMapAsEnv",
         "AWS_ENDPOINT_URL": "configMapAsEnv?",
         "AWS_DEFAULT_REGION": "configMapAsEnv?",
+        "BRAINTUMOR_CACHE_DAYS": "configMapAsEnv?",
+        "BRAINTUMOR_CACHE_GB": "configMapAsEnv?",
         "AWS_ACCESS_KEY_ID": "secretAsEnv?",
         "AWS_SECRET_ACCESS_KEY": "secretAsEnv?",
     }

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import boto3
 import numpy as np
@@ -139,24 +139,34 @@ def s3(tmp_path_factory: pytest.TempPathFactory, free_ports: Any) -> Iterator[st
     folder = tmp_path_factory.mktemp("seaweed")
     identity = {"name": "t", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    ports = dict(zip(("master", "volume", "filer", "s3"), free_ports(4), strict=True))
+    # Between the question for a port and its use another process may have got it.
+    for attempt in (1, 2, 3, 4):
+        ports = free_ports(8)
+        with (folder / "log").open("w") as log, _seaweed(folder, ports, log) as server:
+            try:
+                address = f"http://127.0.0.1:{ports[3]}"
+                if _wait_until_ready(address, server, folder / "log", is_last=attempt == 4):
+                    yield address
+                    return
+            finally:
+                server.kill()
+
+
+def _seaweed(folder: Path, ports: list[int], log: IO[str]) -> subprocess.Popen[bytes]:
+    names = ("master", "volume", "filer", "s3")
     command = [
         str(Path(sys.executable).with_name("weed")), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}",
         "-s3", f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0",
-        "-master.volumeSizeLimitMB=64", "-master.telemetry=false",
-        *(f"-{name}.port={port}" for name, port in ports.items()),
-        *(f"-{name}.port.grpc={port}" for name, port in zip(ports, free_ports(4), strict=True)),
+        # Each bucket takes several volumes; of the default eight none is left for the third.
+        "-master.volumeSizeLimitMB=64", "-volume.max=100", "-master.telemetry=false",
+        *(f"-{name}.port={port}" for name, port in zip(names, ports[:4], strict=True)),
+        *(f"-{name}.port.grpc={port}" for name, port in zip(names, ports[4:], strict=True)),
     ]  # fmt: skip
-    with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
-        address = f"http://127.0.0.1:{ports['s3']}"
-        try:
-            _wait_until_ready(address, server, folder / "log")
-            yield address
-        finally:
-            server.kill()
+    return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def _wait_until_ready(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_ready(address: str, server: subprocess.Popen[bytes], log: Path, *, is_last: bool) -> bool:
+    """Whether the server answers and takes objects; False if it ended, and there is another attempt."""
     client = boto3.client("s3", endpoint_url=address, aws_access_key_id=KEY, aws_secret_access_key=SECRET,
                           region_name="us-east-1")  # fmt: skip
     deadline = time.monotonic() + 60
@@ -167,14 +177,17 @@ def _wait_until_ready(address: str, server: subprocess.Popen[bytes], log: Path) 
         except urllib.error.HTTPError:
             pass
         except OSError:
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            has_ended = server.poll() is not None
+            if has_ended and not is_last:
+                return False
+            assert not has_ended and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.3)
             continue
         try:
             for bucket in ("weights", "data"):
                 client.create_bucket(Bucket=bucket)
                 client.put_object(Bucket=bucket, Key="ready", Body=b"")
-            return
+            return True
         except Exception:
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.5)

@@ -462,7 +462,7 @@ def test_two_people_who_schedule_at_once_are_told_and_neither_loses_the_schedule
         return created
 
     monkeypatch.setattr(kfp.Client, "create_recurring_run", create_beside_another)
-    with pytest.raises(UserError, match="2 recurring runs are called nightly, not one"):
+    with pytest.raises(UserError, match="2 recurring runs are called so"):
         make_schedule(client, cron=OTHER_CRON)
     assert len(api.enabled(NAME)) == 2
     make_schedule(client, cron=OTHER_CRON)

@@ -56,7 +56,7 @@ def test_pipeline_registers_then_finds_nothing_new_and_a_stricter_gate_refuses_t
     with connected() as client:
         run = client.get_run(version.run_id)
     assert run.data.tags["outcome"] == "registered"
-    assert {run.data.tags[f"outcome.{step}"] for step in ("resolve", "split")} == {"done"}
+    assert {run.data.tags[f"step.{step}"] for step in STEPS} == {"done"}
     assert run.data.metrics["test_accuracy"] == first["accuracy"]
 
     again = braintumor("pipeline", "run-local")

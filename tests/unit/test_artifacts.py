@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from braintumor import artifacts
 from braintumor.artifacts import read_json, recover_interrupted, replacing_directory, write_json
 from braintumor.errors import UserError
 
@@ -107,3 +108,20 @@ def test_what_a_running_process_is_filling_is_left_alone(tmp_path: Path) -> None
             (other / "model.keras").write_text("theirs")
         assert (folder / "model.keras").read_text() == "mine"
     assert (output / "model.keras").read_text() == "mine"
+
+
+def test_source_digest_sees_every_file_of_the_code_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("braintumor", "components", "pipelines", "tests"):
+        (tmp_path / package).mkdir()
+    monkeypatch.setattr(artifacts, "__file__", str(tmp_path / "braintumor/artifacts.py"))
+    digests = [artifacts.source_digest()]
+    for name in ("braintumor/a.py", "components/a.py", "pipelines/a.py"):
+        for content in ("", "loss = 1"):
+            (tmp_path / name).write_text(content)
+            digests.append(artifacts.source_digest())
+    assert len(set(digests)) == 7
+    (tmp_path / "tests/test_a.py").write_text("assert True")
+    (tmp_path / "braintumor/a.pyc").write_bytes(b"compiled")
+    assert artifacts.source_digest() == digests[-1]

@@ -94,9 +94,9 @@ class Counted:
     def __getattr__(self, name: str) -> object:
         return getattr(self._remote, name)
 
-    def download(self, key: str, file: Path) -> None:
+    def download(self, key: str, file: Path) -> str:
         self.downloads.append(key)
-        self._remote.download(key, file)
+        return self._remote.download(key, file)
 
 
 def test_sample_is_opened_from_the_folder_in_the_repository(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

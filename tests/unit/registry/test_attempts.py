@@ -14,6 +14,7 @@ from braintumor.params import Params
 from braintumor.registry.attempts import (
     PIPELINE_RUN_VARIABLE,
     open_attempt,
+    open_run_for_a_failure,
     read_record,
     record_failure,
     step_of_the_attempt,
@@ -76,7 +77,7 @@ def test_nothing_is_new_after_a_completed_attempt_unless_forced(
     assert outcome in second.reason
     record = read_record()
     assert record is not None and record.is_nothing_new
-    assert conclude(record, has_succeeded=True).headline == "nothing new"
+    assert conclude(record, has_failed=False).headline == "nothing new"
     pipeline_run("three")
     forced = attempt(params, is_forced=True)
     assert forced.is_new and forced.run_id != first.run_id
@@ -141,15 +142,88 @@ def test_outside_a_pipeline_there_is_no_attempt(params: Params, monkeypatch: pyt
 def test_a_step_leaves_that_it_is_done_and_joins_the_run(params: Params, pipeline_run: Next) -> None:
     run_id = attempt(params).run_id
     with step_of_the_attempt("split"):
-        assert tags(run_id)["outcome.split"] == "running"
+        assert tags(run_id)["step.split"] == "running"
         assert os.environ["MLFLOW_RUN_ID"] == run_id
-    assert tags(run_id)["outcome.split"] == "done"
+    assert tags(run_id)["step.split"] == "done"
     assert "MLFLOW_RUN_ID" not in os.environ
-    with step_of_the_attempt("gate"):
-        end_of_gate = "not passed: accuracy"
-        with connected() as client:
-            client.set_tag(run_id, "outcome.gate", end_of_gate)
-    assert tags(run_id)["outcome.gate"] == end_of_gate
+
+
+def test_a_step_that_is_given_the_run_does_not_look_for_it(params: Params, pipeline_run: Next) -> None:
+    run_id = attempt(params).run_id
+    pipeline_run("another")
+    with step_of_the_attempt("train", run_id):
+        assert os.environ["MLFLOW_RUN_ID"] == run_id
+    assert tags(run_id)["step.train"] == "done"
+
+
+def test_a_second_try_of_a_step_keeps_what_the_first_one_published(
+    params: Params, pipeline_run: Next, make_folders: Any
+) -> None:
+    from braintumor.registry import tracking
+    from braintumor.steps.gate import gate
+
+    folders = make_folders(n_wrong=20)
+    run_id = attempt(params).run_id
+
+    def judge() -> None:
+        gate(folders.evaluation, folders.context, folders.validation, folders.decision, params.gate)
+
+    with step_of_the_attempt("evaluate", run_id):
+        tracking.publish(params, folders.model, folders.evaluation)
+    with pytest.raises(SystemExit), step_of_the_attempt("gate", run_id):
+        judge()
+        sys.exit(143)
+    assert conclude(read_record(), has_failed=True).headline == "failed in gate"
+    with step_of_the_attempt("gate", run_id):
+        judge()
+    ending = conclude(read_record(), has_failed=False)
+    assert ending.headline == "gate not passed"
+    assert "accuracy" in ending.message
+    with connected() as client:
+        assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_resolve_that_fails_before_there_is_a_run_leaves_its_reason_and_may_be_tried_again(
+    params: Params, pipeline_run: Next
+) -> None:
+    end(attempt(params).run_id, REGISTERED)
+    pipeline_run("two")
+    with pytest.raises(SystemExit), step_of_the_attempt("resolve"):
+        open_run_for_a_failure(params)
+        raise UserError("there is no published data version; run 'braintumor data publish'")
+    ending = conclude(read_record(), has_failed=True)
+    assert ending.headline == "failed in resolve"
+    assert "data publish" in ending.message
+    with step_of_the_attempt("resolve"):
+        assert not attempt(params).is_new
+    assert conclude(read_record(), has_failed=False).headline == "nothing new"
+    pipeline_run("three")
+    with pytest.raises(SystemExit), step_of_the_attempt("resolve"):
+        open_run_for_a_failure(params)
+        raise UserError("no such data")
+    with step_of_the_attempt("resolve"):
+        assert attempt(params, "e" * 32).is_new
+    record = read_record()
+    assert record is not None and record.tags["data_md5"] == "e" * 32
+
+
+def test_two_pipeline_runs_find_nothing_new_and_both_are_told_so(params: Params, pipeline_run: Next) -> None:
+    end(attempt(params).run_id, REGISTERED)
+    for name in ("two", "three"):
+        pipeline_run(name)
+        assert not attempt(params).is_new
+    for name in ("two", "three"):
+        pipeline_run(name)
+        assert conclude(read_record(), has_failed=False).headline == "nothing new"
+
+
+def test_code_that_moved_under_the_same_tag_is_new(
+    params: Params, pipeline_run: Next, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end(attempt(params).run_id, REGISTERED)
+    pipeline_run("two")
+    monkeypatch.setattr("braintumor.registry.attempts.source_digest", lambda: "0" * 64)
+    assert attempt(params).reason == "code changed"
 
 
 def test_a_mistake_ends_a_step_with_its_message_and_code_and_what_it_found_is_kept(
@@ -163,10 +237,8 @@ def test_a_mistake_ends_a_step_with_its_message_and_code_and_what_it_found_is_ke
         raise CriticalFinding("40 % of the images are gone; restore them")
     assert ended.value.code == 3
     assert capsys.readouterr().err == "Error: 40 % of the images are gone; restore them\n"
-    assert tags(run_id)["outcome.validate"] == "failed: 40 % of the images are gone; restore them"
-    assert tags(run_id)[OUTCOME] == "failed in validate"
+    assert tags(run_id)["step.validate"] == "failed: 40 % of the images are gone; restore them"
     with connected() as client:
-        assert client.get_run(run_id).info.status == "FAILED"
         assert [file.path for file in client.list_artifacts(run_id, "failed/validate")] == [
             "failed/validate/index.html"
         ]
@@ -180,7 +252,7 @@ def test_a_crash_of_any_kind_leaves_its_step(step: str, params: Params, pipeline
             pass
     with pytest.raises(ZeroDivisionError), step_of_the_attempt(step):
         raise ZeroDivisionError("division by zero")
-    ending = conclude(read_record(), has_succeeded=False, error="exit-handler-1 failed")
+    ending = conclude(read_record(), has_failed=True, error="exit-handler-1 failed")
     assert ending.headline == f"failed in {step}"
     assert "ZeroDivisionError: division by zero" in ending.message
 
@@ -195,7 +267,7 @@ def test_a_killed_process_leaves_its_step(number: int, told: str, params: Params
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
     assert ended.returncode == (-9 if number == signal.SIGKILL else 143)
-    ending = conclude(read_record(), has_succeeded=False)
+    ending = conclude(read_record(), has_failed=True)
     assert ending.headline == "failed in train"
     assert told in ending.message
     record_failure(run_id, ending.headline)
