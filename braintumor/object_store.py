@@ -1,7 +1,7 @@
 """Objects in S3 or in a folder: the only door to boto3.
 
 The endpoint, the region and the keys come from boto3's own environment variables. Every failure of a server is a
-UserError that names the address.
+StoreError, a UserError that names the address.
 """
 
 import errno
@@ -10,13 +10,12 @@ import hashlib
 import io
 import os
 import re
-import shutil
 import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +32,9 @@ ATTEMPTS = 3
 BACK_OFF_S = 0.5  # before the second attempt; doubled before the third
 BLOCK_BYTES = 1 << 20
 PARTIAL = ".partial-"
+LOCK = ".lock"
+# Also a key with slashes, as AWS gives them, and an address that a Path has shortened.
+LOGIN = re.compile(r"(//|s3:/)[^/\s]*(:\S*)?@")
 
 EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
 WRONG_KEYS = frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidSecurity"})
@@ -44,11 +46,18 @@ OTHER_REGION = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "
 T = TypeVar("T")
 
 
-class ObjectMissing(UserError):
+class StoreError(UserError):
+    """A store can't be used; keys and passwords within an address are not in the message."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(LOGIN.sub(r"\1***@", message))
+
+
+class ObjectMissing(StoreError):
     """There is no object of this key."""
 
 
-class ObjectChanged(UserError):
+class ObjectChanged(StoreError):
     """Somebody else wrote or removed the object since it was read."""
 
 
@@ -79,8 +88,8 @@ class Store(ABC):
         """The object, or None where there is none."""
 
     @abstractmethod
-    def write(self, key: str, content: bytes | Path) -> None:
-        """The object is `content` (bytes, or those of a file), whole or not at all."""
+    def write(self, key: str, content: bytes) -> None:
+        """The object is `content`, whole or not at all."""
 
     @abstractmethod
     def write_if(self, key: str, content: bytes, tag: str | None) -> None:
@@ -109,19 +118,26 @@ def open_store(address: str | Path) -> Store:
     if text.startswith("s3://"):
         bucket, _, prefix = text.removeprefix("s3://").strip("/").partition("/")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}", bucket):
-            raise UserError(f"{text} names no bucket; write s3://BUCKET/PREFIX")
+            raise StoreError(f"{text} names no bucket; write s3://BUCKET/PREFIX")
         return _Bucket(bucket, prefix.strip("/"))
     # A Path makes one slash of two.
     if not text or "://" in text or text.startswith("s3:"):
-        raise UserError(f"{text or 'an empty text'} is no address of a store; write s3://BUCKET/PREFIX or a folder")
-    return _Folder(Path(text).expanduser())
+        raise StoreError(f"{text or 'an empty text'} is no address of a store; write s3://BUCKET/PREFIX or a folder")
+    return _Folder(_expanded(text))
 
 
 def cache_folder() -> Path:
     """Where copies of remote objects are kept: BRAINTUMOR_CACHE, else `braintumor` in the user's cache folder."""
     if chosen := os.environ.get("BRAINTUMOR_CACHE", "").strip():
-        return Path(chosen).expanduser().absolute()
+        return _expanded(chosen).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "braintumor"
+
+
+def _expanded(folder: str) -> Path:
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise StoreError(f"{folder} is in nobody's home folder; write the folder's full path") from error
 
 
 def fetch_object(address: str, cache: Path | None = None) -> Path:
@@ -131,12 +147,17 @@ def fetch_object(address: str, cache: Path | None = None) -> Path:
     """
     bucket, _, key = address.removeprefix("s3://").partition("/")
     if not address.startswith("s3://") or not bucket or not key.strip("/"):
-        raise UserError(f"{address} is not an object's address; write s3://BUCKET/KEY")
-    store = open_store(f"s3://{bucket}")
-    assert isinstance(store, _Bucket)
+        raise StoreError(f"{address} is not an object's address; write s3://BUCKET/KEY")
+    # Told of by the whole address: the half of a password would not be known for one.
+    open_store(address)
+    store = _Bucket(bucket, "")
     tag = store.tag(key)
     target = (cache or cache_folder() / "weights") / quote(tag.strip('"'), safe="") / Path(key).name
-    if not target.is_file():
+    if target.is_file():
+        # What is not used for long is evicted; another user's file keeps its time.
+        with suppress(OSError):
+            os.utime(target)
+    else:
         store.download(key, target, tag)
     return target
 
@@ -185,19 +206,22 @@ class _Bucket(Store):
         tag: str = self._call("head_object", key)["ETag"]
         return tag
 
-    def write(self, key: str, content: bytes | Path) -> None:
-        # One request, so that a killed process leaves no parts of an upload behind.
-        with _opened(content) as body:
-            self._call("put_object", key, Body=body)
+    def write(self, key: str, content: bytes) -> None:
+        self._put(key, content)
 
     def write_if(self, key: str, content: bytes, tag: str | None) -> None:
         condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
         try:
-            self._call("put_object", key, Body=_opened(content), **condition)
+            self._put(key, content, **condition)
         except (ObjectChanged, ObjectMissing) as error:
             # An attempt may have arrived though its answer did not; then the next one finds its work done.
             if not (_was_repeated(error) and (found := self.read(key)) and found.content == content):
                 raise ObjectChanged(_changed(self.name(key))) from error
+
+    def _put(self, key: str, content: bytes, **condition: str) -> None:
+        # One request, so that a killed process leaves no parts of an upload behind. A socket has to take bytes in one
+        # go within the time limit, a file block by block.
+        self._call("put_object", key, Body=io.BytesIO(content), **condition)
 
     def download(self, key: str, file: Path, tag: str | None = None) -> str:
         """As of every store; with `tag`, raises ObjectChanged where the object has another."""
@@ -206,7 +230,7 @@ class _Bucket(Store):
         def fetch() -> str:
             body = self._call("get_object", key, **condition)["Body"]
             with _appearing(file) as target:
-                return _copy(body, target)
+                return _copy(body.read, target)
 
         return self._retrying(key, fetch)
 
@@ -247,7 +271,7 @@ class _Bucket(Store):
                 return fetch()
             except BotoCoreError as error:
                 if attempt == ATTEMPTS:
-                    raise UserError(
+                    raise StoreError(
                         f"{self.name(key)} broke off or stalled {ATTEMPTS} times ({error}); look at the server and "
                         "the network, and run again: what has arrived is kept"
                     ) from error
@@ -270,7 +294,7 @@ def _refuse_answer(error: Any, place: str, bucket: str) -> NoReturn:
     code, said = str(detail.get("Code", "")), str(detail.get("Message", "")).strip()
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     if code == "NoSuchBucket":
-        raise UserError(f"{place}: the server has no bucket {bucket}; make it, or mend the address") from error
+        raise StoreError(f"{place}: the server has no bucket {bucket}; make it, or mend the address") from error
     if code in MISSING:
         raise ObjectMissing(f"{place} does not exist; check the address") from error
     if code in OTHER_VERSION:
@@ -291,7 +315,7 @@ def _refuse_answer(error: Any, place: str, bucket: str) -> NoReturn:
         remedy = f"the server failed with {status} {ATTEMPTS} times; look at its log, and run again"
     else:
         remedy = "check the address and AWS_ENDPOINT_URL"
-    raise UserError(f"{place}: {remedy} (the server says: {code} {said})") from error
+    raise StoreError(f"{place}: {remedy} (the server says: {code} {said})") from error
 
 
 def _refuse_silence(error: Exception, place: str) -> NoReturn:
@@ -303,7 +327,7 @@ def _refuse_silence(error: Exception, place: str) -> NoReturn:
         remedy = "the login has expired; log in again"
     else:
         remedy = "no answer; check AWS_ENDPOINT_URL, the server and the network"
-    raise UserError(f"{place}: {remedy} ({error})") from error
+    raise StoreError(f"{place}: {remedy} ({error})") from error
 
 
 class _Folder(Store):
@@ -321,15 +345,16 @@ class _Folder(Store):
                 return None
         return Stored(content, hashlib.sha256(content).hexdigest())
 
-    def write(self, key: str, content: bytes | Path) -> None:
-        with self._in_words(key), _opened(content) as source, _appearing(self._path(key)) as target:
-            shutil.copyfileobj(source, target)
+    def write(self, key: str, content: bytes) -> None:
+        with self._in_words(key), _appearing(self._path(key)) as target:
+            target.write(content)
 
     def write_if(self, key: str, content: bytes, tag: str | None) -> None:
         folder = self._path(key).parent
         with self._in_words(key):
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder, os.O_RDONLY)
+            # A file, since on NFS the lock of a folder is this machine's own; all who share the folder may open it.
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 found = self.read(key)
@@ -340,12 +365,19 @@ class _Folder(Store):
                 os.close(descriptor)
 
     def download(self, key: str, file: Path) -> str:
-        try:
-            source = self._path(key).open("rb")
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise ObjectMissing(f"{self.name(key)} does not exist; check the address") from error
+        with self._in_words(key):
+            try:
+                source = self._path(key).open("rb")
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+                raise ObjectMissing(f"{self.name(key)} does not exist; check the address") from error
+
+        def read(n_bytes: int) -> bytes:
+            # What fails at the target is not this store's.
+            with self._in_words(key):
+                return source.read(n_bytes)
+
         with source, _appearing(file) as target:
-            return _copy(source, target)
+            return _copy(read, target)
 
     def list(self, prefix: str = "") -> Iterator[Listed]:
         with self._in_words(prefix):
@@ -353,7 +385,7 @@ class _Folder(Store):
             start = self._root / prefix.rpartition("/")[0]
             found = sorted((path.relative_to(self._root).as_posix(), path) for path in start.rglob("*"))
             for key, path in found:
-                if key.startswith(prefix) and PARTIAL not in path.name and path.is_file():
+                if key.startswith(prefix) and PARTIAL not in path.name and path.name != LOCK and path.is_file():
                     stat = path.stat()
                     yield Listed(key, stat.st_size, datetime.fromtimestamp(stat.st_mtime, UTC))
 
@@ -363,7 +395,7 @@ class _Folder(Store):
 
     def _path(self, key: str) -> Path:
         if not key or key.startswith("/") or ".." in key.split("/"):
-            raise UserError(f"{key} is no key of an object in {self.address}")
+            raise StoreError(f"{key} is no key of an object in {self.address}")
         return self._root / key
 
     @contextmanager
@@ -373,19 +405,14 @@ class _Folder(Store):
         except OSError as error:
             remedy = "make room" if error.errno in NO_ROOM else "check the folder and its permissions"
             reason = os.strerror(error.errno or errno.EIO)
-            raise UserError(f"{self.name(key)} can't be reached ({reason}); {remedy}") from error
+            raise StoreError(f"{self.name(key)} can't be reached ({reason}); {remedy}") from error
 
 
-def _opened(content: bytes | Path) -> BinaryIO:
-    # A socket has to take bytes in one go within the time limit, a file block by block.
-    return content.open("rb") if isinstance(content, Path) else io.BytesIO(content)
-
-
-def _copy(source: Any, target: BinaryIO) -> str:
-    """The hex md5 of all that `source` gave to `target`."""
+def _copy(read: Callable[[int], bytes], target: BinaryIO) -> str:
+    """The hex md5 of all that `read` gave to `target`."""
     md5 = hashlib.md5(usedforsecurity=False)
     # To the empty read at the end, which is where botocore notices a body that is too short.
-    while block := source.read(BLOCK_BYTES):
+    while block := read(BLOCK_BYTES):
         md5.update(block)
         target.write(block)
     return md5.hexdigest()

@@ -6,10 +6,12 @@
     locks/<md5>             held shared by every process that uses the version; its time is that of the last use
     locks/<md5>.making      held by the process that makes it
     locks/objects           held shared while something is made; alone by who evicts
+    weights/<tag>/          fetched weights; their time is that of the last use
 
 The kernel drops a lock with its process, however that ends.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -33,6 +35,9 @@ SECONDS_A_DAY = 86_400
 KEEP_UNUSED_OBJECTS_S = SECONDS_A_DAY
 MD5 = re.compile("[0-9a-f]{32}")
 HIDDEN = re.compile(r"\.[0-9a-f]{32}\.(partial|previous|evicted)-.+")
+
+NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS})
+NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP})
 
 # Open as long as the process lives: a version in use is not evicted.
 _held: dict[Path, int] = {}
@@ -90,7 +95,7 @@ class DatasetCache:
         if lock not in _held:
             descriptor = _open_lock(lock)
             # Waits for somebody who is evicting it, no longer.
-            _flock(descriptor, fcntl.LOCK_SH)
+            _flock(descriptor, lock, fcntl.LOCK_SH)
             _held[lock] = descriptor
         os.utime(lock)
 
@@ -144,7 +149,7 @@ class DatasetCache:
             write_text(self._index(version), json.dumps(content))
 
     def evict(self, limits: Limits) -> None:
-        """What no process uses is gone: versions beyond the limits, and files that are left over.
+        """What no process uses is gone: versions beyond the limits, files that are left over, and weights of long ago.
 
         Versions unused for too long go first, then the least recently used ones until the rest has room. While
         somebody makes a version nothing is evicted: whoever is last does it.
@@ -155,6 +160,10 @@ class DatasetCache:
 
     def _evict(self, limits: Limits) -> None:
         now = time.time()
+        max_age_s = limits.max_age_days * SECONDS_A_DAY
+        for weights in self.root.glob("weights/*/[!.]*"):
+            if now - weights.stat().st_mtime > max_age_s:
+                weights.unlink()
         for leftover in self.tree("").glob(".*"):
             if HIDDEN.fullmatch(leftover.name):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -164,7 +173,7 @@ class DatasetCache:
         by_use = sorted(self._versions(), key=self._last_use)
         for version in by_use:
             index = self._read_index(version)
-            is_too_old = now - self._last_use(version) > limits.max_age_days * SECONDS_A_DAY
+            is_too_old = now - self._last_use(version) > max_age_s
             if (is_too_old or index is None) and self._drop(version):
                 continue
             entries = list((index or {}).values())
@@ -229,13 +238,14 @@ class DatasetCache:
     @contextmanager
     def _locked(self, name: str, how: int, told_when_waiting: str = "") -> Iterator[bool]:
         """Whether the lock was had; always, unless `how` says not to wait."""
-        descriptor = _open_lock(self._lock_file(name))
+        lock = self._lock_file(name)
+        descriptor = _open_lock(lock)
         try:
-            is_had = _flock(descriptor, how | fcntl.LOCK_NB)
+            is_had = _flock(descriptor, lock, how | fcntl.LOCK_NB)
             if not is_had and not how & fcntl.LOCK_NB:
                 if told_when_waiting:
                     note(told_when_waiting)
-                is_had = _flock(descriptor, how)
+                is_had = _flock(descriptor, lock, how)
             yield is_had
         finally:
             os.close(descriptor)
@@ -269,7 +279,9 @@ def _look(folder: Path) -> dict[str, Seen]:
 def _link(original: Path, copy: Path) -> None:
     try:
         copy.hardlink_to(original)
-    except OSError:
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
         shutil.copy2(original, copy)
 
 
@@ -285,10 +297,17 @@ def _open_lock(file: Path) -> int:
     return os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
 
 
-def _flock(descriptor: int, how: int) -> bool:
-    """Whether the lock was had; False only where `how` says not to wait."""
+def _flock(descriptor: int, file: Path, how: int) -> bool:
+    """Whether the lock was had; False only where `how` says not to wait. `file` is for the message."""
     try:
         fcntl.flock(descriptor, how)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise UserError(
+            f"{file} can't be locked ({error.strerror}); the cache needs a volume with locks across nodes (NFS 4 "
+            "or CephFS, not mounted with nolock), or set BRAINTUMOR_CACHE to another folder"
+        ) from error
     return True

@@ -10,9 +10,10 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from braintumor.artifacts import NO_ROOM
 from braintumor.data.dataset_cache import MD5, DatasetCache, read_limits
 from braintumor.errors import UserError, name_some
 from braintumor.object_store import CONNECTIONS, ObjectMissing, Store, cache_folder, open_store
@@ -96,6 +97,10 @@ def read_listing(content: bytes, place: str) -> dict[str, str]:
         raise UserError(f"{place} is no directory of DVC 3 ({error}); look at who wrote it") from error
     if unsafe := [path for path in listing if not _stays_inside(path)]:
         raise UserError(f"{place} names files outside the data set: {name_some(unsafe)}; do not use this version")
+    if parents := {str(parent) for path in listing for parent in PurePosixPath(path).parents} & set(listing):
+        raise UserError(
+            f"{place} names as a file what is a folder of others: {name_some(sorted(parents))}; do not use this version"
+        )
     return dict(sorted(listing.items()))
 
 
@@ -108,7 +113,8 @@ def materialise(md5: str, remote: Store, cache: Path, progress: Progress = silen
     """The folder in the cache that holds this data version, every file verified; it is this process's until it ends.
 
     What is there already is not fetched again, so a second attempt goes on where the first broke off. A folder that
-    was changed since is mended. What the cache's limits do not allow is evicted.
+    was changed since is mended. What the cache's limits do not allow is evicted; where the disk has no room for them,
+    all that no process uses.
     """
     limits = read_limits()
     place = DatasetCache(cache)
@@ -116,12 +122,13 @@ def materialise(md5: str, remote: Store, cache: Path, progress: Progress = silen
         place.hold(md5)
         place.evict(limits)
         if not place.is_intact(md5):
-            with place.making(md5) as scratch:
-                # Whoever made it while we waited has done our work.
-                if not place.is_intact(md5):
-                    listing = list_version(md5, remote)
-                    _fetch(md5, listing, remote, place, scratch, progress)
-                    place.build(md5, listing)
+            try:
+                _make(md5, remote, place, progress)
+            except (OSError, UserError) as error:
+                if not _lacked_room(error):
+                    raise
+                place.evict(replace(limits, max_bytes=0))
+                _make(md5, remote, place, progress)
             place.evict(limits)
     except OSError as error:
         raise UserError(
@@ -129,6 +136,22 @@ def materialise(md5: str, remote: Store, cache: Path, progress: Progress = silen
             "permissions, or set BRAINTUMOR_CACHE to another folder"
         ) from error
     return place.tree(md5)
+
+
+def _make(version: str, remote: Store, place: DatasetCache, progress: Progress) -> None:
+    """The version's folder is in the cache."""
+    with place.making(version) as scratch:
+        # Whoever made it while we waited has done our work.
+        if not place.is_intact(version):
+            listing = list_version(version, remote)
+            _fetch(version, listing, remote, place, scratch, progress)
+            place.build(version, listing)
+
+
+def _lacked_room(error: BaseException) -> bool:
+    """Whether the disk was full, be it that the message says so already."""
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    return isinstance(cause, OSError) and cause.errno in NO_ROOM
 
 
 def _fetch(

@@ -12,10 +12,11 @@ import yaml
 
 from braintumor.data.dvc_remote import OBJECTS, damaged, is_md5, lacking, list_version, object_key
 from braintumor.errors import UserError
-from braintumor.object_store import ObjectChanged, Store
+from braintumor.object_store import ObjectChanged, Store, Stored
 from braintumor.progress import Progress, note, silent
 
 POINTER = "datasets/latest.json"
+NO_TAG = f'"{"0" * 32}"'  # of no object
 REVISION_DIGITS = frozenset("0123456789abcdef")
 
 
@@ -61,11 +62,12 @@ def publish(remote: Store, data_dvc: Path, progress: Progress = silent) -> Publi
 
     Where it was before, with the same revision, nothing is written and the earlier pointer comes back. Raises UserError
     where `data_dvc` is not as git's HEAD has it, where the remote lacks objects, where the version that is published
-    now is not an ancestor of this one, and ObjectChanged where somebody else published meanwhile.
+    now is not an ancestor of this one, where the server would let two publishers overwrite each other, and
+    ObjectChanged where somebody else published meanwhile.
     """
     version = _read_data_dvc(data_dvc)
     revision = _committed_revision(data_dvc)
-    current, tag = _read_pointer(remote)
+    current, pointer = _read_pointer(remote)
     is_published = current is not None and (current.md5, current.git_revision) == (version.md5, revision)
     if current is not None and not is_published:
         _refuse_newer(current, data_dvc.parent, remote)
@@ -76,8 +78,10 @@ def publish(remote: Store, data_dvc: Path, progress: Progress = silent) -> Publi
     time = datetime.now(UTC).isoformat(timespec="seconds")
     published = Published(version.md5, revision, version.files, version.bytes, time)
     content = json.dumps(asdict(published), indent=2, sort_keys=True) + "\n"
+    if pointer is not None:
+        _refuse_unconditional(remote, pointer)
     try:
-        remote.write_if(POINTER, content.encode(), tag)
+        remote.write_if(POINTER, content.encode(), pointer.tag if pointer else None)
     except ObjectChanged as error:
         winner, _ = _read_pointer(remote)
         raise ObjectChanged(
@@ -87,8 +91,23 @@ def publish(remote: Store, data_dvc: Path, progress: Progress = silent) -> Publi
     return published
 
 
-def _read_pointer(remote: Store) -> tuple[Published | None, str | None]:
-    """The published version and the pointer's tag; both None where there is no pointer."""
+def _refuse_unconditional(remote: Store, pointer: Stored) -> None:
+    """Raise UserError unless the server heeds both conditions of a write; a pointer that it writes says the same."""
+    # One blank line more: the same bytes would pass for a repeated request that finds its own work.
+    content = pointer.content + b"\n"
+    for tag in (None, NO_TAG):
+        try:
+            remote.write_if(POINTER, content, tag)
+        except ObjectChanged:
+            continue
+        raise UserError(
+            f"{remote.address}: this server ignores conditional writes, two publishers could lose each other's "
+            "version; use one that knows If-Match and If-None-Match"
+        )
+
+
+def _read_pointer(remote: Store) -> tuple[Published | None, Stored | None]:
+    """The published version and its pointer; both None where there is none."""
     found = remote.read(POINTER)
     if found is None:
         return None, None
@@ -102,7 +121,7 @@ def _read_pointer(remote: Store) -> tuple[Published | None, str | None]:
             f"{remote.name(POINTER)} is no pointer to a data version ({error}): half written, or not by 'braintumor "
             "data publish'; look at it, remove it, and publish again"
         ) from error
-    return published, found.tag
+    return published, found
 
 
 def _is_sound(published: Published) -> bool:

@@ -81,7 +81,7 @@ class Checkpoints:
         """Raises UserError if `address` is none; no connection is made yet."""
         self._key = key
         self._store = open_store(address)
-        self._is_own_folder = isinstance(address, Path)
+        self.is_own_folder = isinstance(address, Path)  # nobody chose the place, and nobody else uses it
         self._good: list[str] = []
         self._told: set[str] = set()
 
@@ -133,7 +133,7 @@ class Checkpoints:
             with suppress(OSError):
                 folder.rmdir()
         # One that a person made stays, with its rights.
-        if self._is_own_folder:
+        if self.is_own_folder:
             with suppress(OSError):
                 root.rmdir()
 
@@ -159,6 +159,13 @@ class Checkpoints:
             if failure not in self._told:
                 warn(f"the checkpoints at {self._store.address} {failure} ({error}); the training goes on")
             self._told.add(failure)
+
+
+def clear_finished(key: object) -> None:
+    """No state of the training `key`, whose model is safe, is left at BRAINTUMOR_CHECKPOINTS, where that is set."""
+    address = os.environ.get(ADDRESS, "").strip()
+    if address and isinstance(key, str) and re.fullmatch(KEY, key):
+        Checkpoints(address, key).clear()
 
 
 def _epochs(name: str) -> int:

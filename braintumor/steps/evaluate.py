@@ -1,5 +1,6 @@
 """The step `evaluate`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from braintumor.data.split_artifact import SPLIT_FACTS, load_split, refuse_other
 from braintumor.errors import UserError
 from braintumor.evidence import plots
 from braintumor.evidence.metrics import compute_metrics, make_predictions, read_predictions
+from braintumor.model.checkpoints import clear_finished
 from braintumor.model.images import load_images
 from braintumor.model.inference import image_size_px, load_classifier, predict_probabilities
 from braintumor.model.saved import model_digest
@@ -27,7 +29,8 @@ def evaluate(
     made = load_split(splits)
     refuse_other_data(dataset, made.data_md5, splits)
     digest = model_digest(model / artifacts.MODEL)
-    _refuse_other_training(model, digest, made.data_md5, made.sha256)
+    training = artifacts.read_json(model / artifacts.TRAINING, made_by="braintumor train")
+    _refuse_other_training(training, model, digest, made.data_md5, made.sha256)
     rows = made.part("test")
     classifier = load_classifier(model / artifacts.MODEL)
     advance = progress("evaluate: decoding test", len(rows))
@@ -53,11 +56,13 @@ def evaluate(
         plots.plot_roc_curves(predictions, metrics, folder / artifacts.ROC_CURVES)
         plots.plot_per_class(metrics, folder / artifacts.PER_CLASS)
     tracking.publish_if_reachable(params, model=model, evaluation=output)
+    clear_finished(training.get("training_key"))
     return metrics
 
 
-def _refuse_other_training(model: Path, digest: str, data_md5: str, splits_sha256: str) -> None:
-    training = artifacts.read_json(model / artifacts.TRAINING, made_by="braintumor train")
+def _refuse_other_training(
+    training: Mapping[str, Any], model: Path, digest: str, data_md5: str, splits_sha256: str
+) -> None:
     facts = {"model_digest": digest, "data_md5": data_md5, "splits_sha256": splits_sha256}
     for key, value in facts.items():
         if training.get(key) != value:

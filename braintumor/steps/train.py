@@ -15,7 +15,7 @@ from braintumor.data.split_artifact import MadeSplit, load_split, refuse_other_d
 from braintumor.evidence.plots import plot_learning_curve
 from braintumor.labels import CLASS_NAMES
 from braintumor.model import training
-from braintumor.model.checkpoints import Checkpoints, State, checkpoint_address, training_key
+from braintumor.model.checkpoints import Checkpoints, checkpoint_address, training_key
 from braintumor.model.densenet import Classifier, build_classifier, weights_digest, with_temperature
 from braintumor.model.images import load_images
 from braintumor.model.inference import BATCH_SIZE
@@ -57,7 +57,6 @@ def train(
     weights_sha256 = weights_digest(params.train)
     key = training_key(made.data_md5, made.sha256, params.train, weights_sha256, image)
     checkpoints = Checkpoints(checkpoint_address(output), key)
-    state = checkpoints.load()
     training.make_reproducible(params.train.seed)
     classifier = build_classifier(params.train)
     images = {name: _load(dataset, made, name, params, progress) for name in USED_SPLITS}
@@ -66,12 +65,15 @@ def train(
     seen = seen.assign(sha256=[artifacts.sha256_of_file(dataset / path) for path in seen["path"]])
     with tracking.training_run(params, made.data_md5) as run:
         history = training.History(on_epoch=run.log_epoch)
-        _fit(classifier, images, params, history, checkpoints, state, progress)
+        resumed_after = _fit(classifier, images, params, history, checkpoints, progress)
         temperature = _fit_temperature(classifier, images["calibration"])
         summary = _save(
-            classifier, history, temperature, made, seen, weights_sha256, output, params, started, state, run.run_id
-        )
-    checkpoints.clear()
+            classifier, history, temperature, made, seen, weights_sha256, key, output, params, started, resumed_after,
+            run.run_id,
+        )  # fmt: skip
+    # Elsewhere the model may yet be lost with its pod: evaluate, which has it in hand, clears there.
+    if checkpoints.is_own_folder:
+        checkpoints.clear()
     tracking.publish_if_reachable(params, model=output)
     return summary
 
@@ -90,11 +92,16 @@ def _fit(
     params: Params,
     history: training.History,
     checkpoints: Checkpoints,
-    state: State | None,
     progress: Progress,
-) -> None:
+) -> int | None:
+    """Train, and return after which epoch of an earlier attempt it went on, if it did."""
+    state = checkpoints.load()
+    optimizer_state = state.optimizer if state else ()
+    resumed_after = len(state.rows) if state else None
     if state is not None:
         training.restore(classifier, history, state)
+        # Hundreds of megabytes, and in the network by now.
+        del state
         note(f"train: goes on after epoch {len(history.epochs)} ({history.epochs[-1].phase}) of an earlier attempt")
     elif classifier.is_pretrained and params.train.head_epochs:
         advance = progress("train: head on cached features", params.train.head_epochs)
@@ -106,8 +113,9 @@ def _fit(
         advance = progress("train: fine-tuning", steps * epochs_left)
         training.fine_tune(
             classifier, images["train"], images["val"], params.train, history, advance,
-            on_state=checkpoints.save, optimizer_state=state.optimizer if state else (),
+            on_state=checkpoints.save, optimizer_state=optimizer_state,
         )  # fmt: skip
+    return resumed_after
 
 
 def _fit_temperature(classifier: Classifier, calibration: training.LabelledImages) -> float:
@@ -122,10 +130,11 @@ def _save(
     made: MadeSplit,
     seen: pd.DataFrame,
     weights_sha256: str | None,
+    key: str,
     output: Path,
     params: Params,
     started: float,
-    state: State | None,
+    resumed_after: int | None,
     run_id: str | None,
 ) -> TrainingSummary:
     assert history.best is not None
@@ -139,7 +148,7 @@ def _save(
             best_val_accuracy=history.best.val_accuracy,
             temperature=temperature,
             seconds=round(time.monotonic() - started, 1),
-            resumed_after_epoch=len(state.rows) if state else None,
+            resumed_after_epoch=resumed_after,
             mlflow_run_id=run_id,
         )
         artifacts.write_json(
@@ -151,6 +160,7 @@ def _save(
                 "params": params.train.model_dump(),
                 "git_commit": git_commit(),
                 "weights_sha256": weights_sha256,
+                "training_key": key,
                 "images": seen["split"].value_counts().to_dict(),
             },
         )

@@ -20,11 +20,12 @@ import pytest
 
 from braintumor import object_store
 from braintumor.data import published
+from braintumor.data.dataset_cache import DatasetCache, Limits
 from braintumor.data.dvc_remote import materialise, object_key, open_dataset
 from braintumor.data.manifest import dataset_md5
 from braintumor.data.published import POINTER, publish, read_published
 from braintumor.errors import UserError
-from braintumor.object_store import CONNECTIONS, ObjectChanged, Store, open_store
+from braintumor.object_store import CONNECTIONS, ObjectChanged, Store, fetch_object, open_store
 
 IDENTITY = ["-c", "user.name=Tester", "-c", "user.email=tester@example.org"]
 
@@ -345,6 +346,20 @@ def commit_version(folder: Path, md5: str, store: Store) -> None:
     (folder / "data.dvc").write_text(f"outs:\n{out}")
     git(folder, "add", "data.dvc")
     git(folder, "commit", "-q", "-m", "data")
+
+
+def test_use_of_weights_keeps_them_from_being_evicted(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BRAINTUMOR_CACHE", str(tmp_path))
+    client.put_object(Bucket="weights", Key="used.weights.h5", Body=b"weights")
+    file = fetch_object("s3://weights/used.weights.h5")
+    for is_used in (True, False):
+        os.utime(file, (0, 0))
+        if is_used:
+            fetch_object("s3://weights/used.weights.h5")
+        DatasetCache(tmp_path).evict(Limits(max_age_days=14, max_bytes=1))
+        assert file.exists() == is_used
 
 
 def test_of_two_publishers_one_wins_and_the_other_is_told(

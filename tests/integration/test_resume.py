@@ -21,7 +21,7 @@ from braintumor.artifacts import read_json, sha256_of_file, write_json
 from braintumor.data.manifest import dataset_md5
 from braintumor.data.split_artifact import SPLIT_FACTS
 from braintumor.model import densenet, training
-from braintumor.model.checkpoints import Checkpoints
+from braintumor.model.checkpoints import Checkpoints, clear_finished
 from braintumor.params import load_params
 from braintumor.progress import Advance, Progress, silent
 from braintumor.steps.train import train
@@ -167,6 +167,11 @@ def test_training_goes_on_from_a_bucket_where_the_newest_checkpoint_is_damaged(
     assert workplace.train(output)["resumed_after_epoch"] == HEAD_EPOCHS + 1
     assert Path(newest).name in capsys.readouterr().err
     workplace.assert_as_undisturbed(output)
+    # The pod is lost before its results are uploaded: all epochs are there for the next one.
+    shutil.rmtree(output)
+    assert workplace.train(output)["resumed_after_epoch"] == HEAD_EPOCHS + EPOCHS
+    workplace.assert_as_undisturbed(output)
+    clear_finished(read_json(output / "training.json", "")["training_key"])
     assert keys() == []
 
 

@@ -1,9 +1,11 @@
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from braintumor.data import dataset_cache
-from braintumor.data.dataset_cache import SECONDS_A_DAY
+from braintumor.data.dataset_cache import SECONDS_A_DAY, DatasetCache, Limits
 from braintumor.data.dvc_remote import list_version, materialise, object_key, open_dataset, read_listing
 from braintumor.data.manifest import dataset_md5
 from braintumor.errors import UserError
@@ -187,7 +189,9 @@ def test_damage_in_the_cache_is_noticed_and_mended(
     materialise(md5, open_store(cache / "nowhere"), cache)
 
 
-def test_version_without_links_is_a_copy(remote: Store, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_without_links_is_a_copy_and_counts_twice(
+    remote: Store, cache: Path, let_go: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*arguments: object) -> None:
         raise OSError(errno.EPERM, "no links here")
 
@@ -195,6 +199,11 @@ def test_version_without_links_is_a_copy(remote: Store, cache: Path, monkeypatch
     md5 = put(remote, files("a"))
     assert contents(materialise(md5, remote, cache)) == files("a")
     materialise(md5, open_store(cache / "nowhere"), cache)
+    let_go()
+    # Of 300 bytes, twice.
+    for max_bytes, kept in ((650, {md5}), (550, set())):
+        DatasetCache(cache).evict(Limits(max_age_days=14, max_bytes=max_bytes))
+        assert versions(cache) == kept
 
 
 def test_version_unused_for_long_is_evicted_with_its_own_files(
@@ -270,6 +279,35 @@ def test_what_a_broken_off_attempt_has_fetched_is_kept_for_a_day(
     assert objects(cache) == set(files("b").values())
 
 
+def test_nothing_is_evicted_while_a_version_is_made(cache: Path) -> None:
+    place, md5, content = DatasetCache(cache), "0" * 32, b"verified"
+    evict = (
+        "import sys; from pathlib import Path; from braintumor.data.dataset_cache import DatasetCache, Limits\n"
+        "DatasetCache(Path(sys.argv[1])).evict(Limits(max_age_days=1e-9, max_bytes=1))"
+    )
+    command = [sys.executable, "-c", evict, str(cache)]
+    with place.making(md5) as scratch:
+        (scratch / "taken").write_bytes(content)
+        place.take(hashlib.md5(content).hexdigest(), scratch / "taken")
+        (scratch / "arriving").write_bytes(b"half")
+        subprocess.run(command, check=True)
+        assert contents(scratch) == {"arriving": b"half"}
+        assert objects(cache) == {content}
+    subprocess.run(command, check=True)
+    assert not objects(cache)
+
+
+def test_weights_unused_for_long_are_evicted(remote: Store, cache: Path) -> None:
+    for name, days_ago in (("old", 14.1), ("used", 13.9)):
+        file = cache / f"weights/{name}/backbone.weights.h5"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"weights")
+        moment = time.time() - days_ago * SECONDS_A_DAY
+        os.utime(file, (moment, moment))
+    materialise(put(remote, files("a")), remote, cache)
+    assert [file.parent.name for file in cache.glob("weights/*/*")] == ["used"]
+
+
 def test_leftovers_of_a_killed_process_are_removed(remote: Store, cache: Path) -> None:
     leftover = cache / "datasets" / f".{'0' * 32}.partial-x"
     foreign = cache / "datasets" / ".somebody's"
@@ -295,6 +333,70 @@ def test_full_disk_is_told_and_nothing_half_made_stays(
     assert contents(materialise(md5, remote, cache)) == files("a")
 
 
+@pytest.fixture
+def small_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk with room for 400 bytes of objects."""
+    take, lock = DatasetCache.take, threading.Lock()
+
+    def take_or_refuse(place: DatasetCache, md5: str, file: Path) -> None:
+        with lock:
+            if sum(map(len, objects(cache))) + file.stat().st_size > 400:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            take(place, md5, file)
+
+    monkeypatch.setattr(DatasetCache, "take", take_or_refuse)
+
+
+def test_full_disk_takes_a_version_in_the_place_of_one_that_nobody_uses(
+    remote: Store, cache: Path, small_disk: None, let_go: Callable[[], None]
+) -> None:
+    materialise(put(remote, files("a")), remote, cache)
+    let_go()
+    md5 = put(remote, files("b"))
+    assert contents(materialise(md5, remote, cache)) == files("b")
+    assert versions(cache) == {md5}
+    assert objects(cache) == set(files("b").values())
+
+
+def test_full_disk_keeps_the_version_that_is_used(remote: Store, cache: Path, small_disk: None) -> None:
+    used = put(remote, files("a"))
+    tree = materialise(used, remote, cache)
+    with pytest.raises(UserError, match="make room"):
+        materialise(put(remote, files("b")), remote, cache)
+    assert versions(cache) == {used}
+    assert contents(tree) == files("a")
+
+
+def test_room_that_lacks_for_the_folder_alone_is_made(
+    remote: Store, cache: Path, let_go: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unused, md5 = put(remote, files("a")), put(remote, files("b"))
+    materialise(unused, remote, cache)
+    let_go()
+    link = Path.hardlink_to
+
+    def link_or_refuse(copy: Path, original: Path) -> None:
+        if unused in versions(cache):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        link(copy, original)
+
+    monkeypatch.setattr(Path, "hardlink_to", link_or_refuse)
+    assert contents(materialise(md5, remote, cache)) == files("b")
+    assert versions(cache) == {md5}
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_system_without_locks_is_told(
+    remote: Store, cache: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match="volume with locks"):
+        materialise(put(remote, files("a")), remote, cache)
+
+
 def test_cache_that_is_no_folder_is_told(remote: Store, cache: Path) -> None:
     cache.write_text("a file")
     with pytest.raises(UserError, match="BRAINTUMOR_CACHE"):
@@ -316,6 +418,13 @@ def test_limit_that_is_no_number_above_zero_is_refused(
 def test_list_that_climbs_out_of_the_data_set_is_refused(remote: Store, cache: Path, path: str) -> None:
     md5 = put(remote, files("a") | {path: b"evil"})
     with pytest.raises(UserError, match="outside the data set"):
+        materialise(md5, remote, cache)
+    assert not versions(cache)
+
+
+def test_list_with_a_file_where_others_need_a_folder_is_refused(remote: Store, cache: Path) -> None:
+    md5 = put(remote, files("a") | {"train": b"a file"})
+    with pytest.raises(UserError, match="others: train;"):
         materialise(md5, remote, cache)
     assert not versions(cache)
 

@@ -82,6 +82,35 @@ def test_next_version_replaces_the_published_one(data_dvc: Path, remote: Store) 
     assert (read_published(remote).md5, read_published(remote).git_revision) == (md5, revision)
 
 
+class Careless:
+    """A store on a server that ignores one of the conditions of a write."""
+
+    def __init__(self, remote: Store, heeds_tags: bool) -> None:
+        self._remote = remote
+        self._heeds_tags = heeds_tags
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._remote, name)
+
+    def write_if(self, key: str, content: bytes, tag: str | None) -> None:
+        if (tag is not None) == self._heeds_tags:
+            self._remote.write_if(key, content, tag)
+        else:
+            self._remote.write(key, content)
+
+
+@pytest.mark.parametrize("heeds_tags", [False, True])
+def test_server_that_ignores_conditions_is_refused_and_the_pointer_says_the_same(
+    data_dvc: Path, remote: Store, heeds_tags: bool
+) -> None:
+    first = publish(remote, data_dvc)
+    add_version(data_dvc, remote, [b"three"])
+    commit(data_dvc)
+    with pytest.raises(UserError, match="ignores conditional writes"):
+        publish(Careless(remote, heeds_tags), data_dvc)  # type: ignore[arg-type]
+    assert read_published(remote) == first
+
+
 def test_version_of_a_history_that_is_not_ours_is_not_replaced(data_dvc: Path, remote: Store) -> None:
     add_version(data_dvc, remote, [b"three"])
     commit(data_dvc)
