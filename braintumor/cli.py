@@ -469,7 +469,8 @@ def pipeline_submit(
 
     KF_PIPELINES_TOKEN is its bearer token, where it wants one.
     """
-    from pipelines.cluster import connect, run_parameters, submit
+    from pipelines.cluster import run_parameters, submit
+    from pipelines.connection import connect
 
     parameters = run_parameters(dataset, force)
     package, service_account = _compiled(profile, params_file, image)
@@ -497,7 +498,8 @@ def pipeline_schedule(
     One run at a time, and none is made up for. Run the command again after an
     interruption: one schedule of this name is there in the end.
     """
-    from pipelines.cluster import connect, run_parameters, schedule, show_schedule
+    from pipelines.cluster import run_parameters, schedule, show_schedule
+    from pipelines.connection import connect
     from pipelines.cron import check_cron
 
     cron, parameters = check_cron(cron), run_parameters(dataset, force)
@@ -512,7 +514,8 @@ def pipeline_schedule(
 @pipeline_app.command("unschedule")
 def pipeline_unschedule(name: ScheduleName = RETRAINING, namespace: Namespace = None) -> None:
     """Remove the schedule; a run that is under way goes on."""
-    from pipelines.cluster import connect, unschedule
+    from pipelines.cluster import unschedule
+    from pipelines.connection import connect
 
     removed = unschedule(connect(namespace=namespace), name)
     print(f"{name} is scheduled no more" if removed else f"{name} was not scheduled; nothing to do")
@@ -526,7 +529,8 @@ def pipeline_status(
     experiment: Experiment = RETRAINING,
 ) -> None:
     """Show the schedules and the last runs, and why runs failed."""
-    from pipelines.cluster import connect, show_status, status
+    from pipelines.cluster import show_status, status
+    from pipelines.connection import connect
 
     found = status(connect(namespace=namespace), experiment, limit)
     if as_json:

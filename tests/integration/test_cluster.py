@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from braintumor.errors import UserError
-from pipelines import cluster
-from pipelines.cluster import connect, schedule, status, submit, unschedule
+from pipelines import cluster, connection
+from pipelines.cluster import schedule, status, submit, unschedule
+from pipelines.connection import connect
 
 ROOT = Path(__file__).parents[2]
 API = "/apis/v2beta1"
@@ -118,8 +119,8 @@ def test_what_stands_before_the_api_is_told_from_it(serve: Callable[..., Any], f
 
 
 def test_a_server_that_never_answers_is_given_up(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cluster.CONNECT_SECONDS + cluster.FIRST_ANSWER_SECONDS <= 15
-    monkeypatch.setattr(cluster, "FIRST_ANSWER_SECONDS", 0.3)
+    assert connection.CONNECT_SECONDS + connection.FIRST_ANSWER_SECONDS <= 15
+    monkeypatch.setattr(connection, "FIRST_ANSWER_SECONDS", 0.3)
     serve(front="hang")
     started = time.monotonic()
     with pytest.raises(UserError, match="did not answer in time"):

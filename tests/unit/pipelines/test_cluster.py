@@ -4,7 +4,8 @@ from datetime import UTC, datetime
 import pytest
 
 from braintumor.errors import UserError
-from pipelines.cluster import Run, Schedule, Status, connect, run_parameters, show_status
+from pipelines.cluster import Run, Schedule, Status, run_parameters, show_status
+from pipelines.connection import connect
 
 NOW = datetime(2026, 6, 12, 12, tzinfo=UTC)
 SCHEDULE = Schedule("nightly", "0 0 2 * * *", True, datetime(2026, 6, 13, 2, tzinfo=UTC), "r1", "http://ui/#/r1")
