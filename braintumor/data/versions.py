@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from braintumor.artifacts import GROUPS_FILE
-from braintumor.data.dataset_cache import MD5
-from braintumor.data.dvc_remote import LATEST, list_version, open_remote
+from braintumor.data.dvc_remote import LATEST, is_md5, list_version, open_remote
 from braintumor.data.manifest import file_md5s, list_contents, version_md5
 from braintumor.data.published import read_published
 
@@ -24,7 +23,7 @@ def find_version(dataset: Path) -> DataVersion:
     Of a version on the remote only its listing is read, not the images. Raises UserError where there is none.
     """
     name = str(dataset)
-    if dataset.is_dir() or not (name == LATEST or MD5.fullmatch(name)):
+    if dataset.is_dir() or not (name == LATEST or is_md5(name)):
         contents = list_contents(dataset)
         return DataVersion(version_md5(file_md5s(dataset, contents.versioned)), len(contents.images))
     remote = open_remote()
