@@ -119,7 +119,8 @@ def test_locks_hold_hashes_and_no_addresses() -> None:
         text = lock.read_text()
         assert "://" not in text
         pins = re.findall(r"^[A-Za-z0-9_.\[\]-]+==\S+", text, re.MULTILINE)
-        assert len(pins) > 90
+        # That of the linters holds nothing of ours.
+        assert len(pins) > (90 if lock.name == "security.txt" else 100)
         assert text.count("--hash=sha256:") >= len(pins)
 
 

@@ -114,7 +114,7 @@ if os.environ.get("CRASH") in " ".join(sys.argv):
 """
 
 
-def test_killed_task_leaves_its_name_and_the_next_run_starts_afresh(
+def test_killed_task_leaves_its_name_and_its_log(
     store: Path,
     tmp_path: Path,
     braintumor: Any,
