@@ -35,6 +35,7 @@ DATA_DOCS = "data_docs"
 
 SPLITS = "splits.csv"
 DROPPED = "dropped.csv"
+FLOORS = "floors.csv"  # what nearest neighbour and statistics say of each test image
 SPLIT_SUMMARY = "split.json"
 JOINED_GROUPS = "joined_groups.json"
 
@@ -44,9 +45,17 @@ HISTORY = "history.csv"
 LEARNING_CURVE = "learning_curve.png"
 SEEN_IMAGES = "seen_images.csv"
 TRAINING = "training.json"
+CALIBRATION = "calibration.csv"  # predictions of the rows that temperature and thresholds were fitted on
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.csv"
+OOD_SCORES = "ood_scores.csv"
+EVIDENCE = "evidence.json"
+REPORT = "report.html"
+LABEL_ERRORS = "label_errors.csv"
+CURVES = "curves"
+# Their digests stand in metrics.json, as <name>_sha256.
+JUDGED_FILES = (PREDICTIONS, OOD_SCORES, EVIDENCE)
 CONFUSION_MATRIX = "confusion_matrix.png"
 ROC_CURVES = "roc_curves.png"
 PER_CLASS = "per_class.png"
@@ -60,9 +69,10 @@ REGISTRATION = "registration.json"
 STEP_FILES = frozenset(
     {
         *(CONTEXT, ACCEPTED, MANIFEST, LEAKAGE, FINDINGS, DIFFERENCE, PROFILE, ODD_IMAGES, DATA_DOCS),
-        *(SPLITS, DROPPED, SPLIT_SUMMARY, JOINED_GROUPS, TEST_USES),
-        *(MODEL, LABELS, HISTORY, LEARNING_CURVE, SEEN_IMAGES, TRAINING),
-        *(METRICS, PREDICTIONS, CONFUSION_MATRIX, ROC_CURVES, PER_CLASS, DECISION, REGISTRATION),
+        *(SPLITS, DROPPED, FLOORS, SPLIT_SUMMARY, JOINED_GROUPS, TEST_USES),
+        *(MODEL, LABELS, HISTORY, LEARNING_CURVE, SEEN_IMAGES, TRAINING, CALIBRATION),
+        *(METRICS, PREDICTIONS, OOD_SCORES, EVIDENCE, REPORT, LABEL_ERRORS, CURVES),
+        *(CONFUSION_MATRIX, ROC_CURVES, PER_CLASS, DECISION, REGISTRATION),
         ".gitignore",  # DVC's
     }
 )

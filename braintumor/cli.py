@@ -153,21 +153,25 @@ def train(
 @app.command(rich_help_panel="Steps")
 def evaluate(
     dataset: Dataset = DATA,
+    validation: Validation = BUILD / "validation",
     splits: Splits = BUILD / "split",
     model: Model = BUILD / "model",
+    context: Context = BUILD / "resolve",
     output: Output = BUILD / "evaluation",
     params_file: ParamsFile = PARAMS,
 ) -> None:
-    """Score the model on the test images of its split."""
+    """Score the model on the test images of its split, and gather the evidence: figures, pictures, a report."""
+    from braintumor.artifacts import REPORT
     from braintumor.params import load_params
     from braintumor.progress import shown
     from braintumor.steps.evaluate import evaluate
 
     params = load_params(params_file)
     with shown() as progress:
-        metrics = evaluate(dataset, splits, model, output, params, progress)
+        metrics = evaluate(dataset, validation, splits, model, context, output, params, progress)
     low, high = metrics["accuracy_interval"]
     print(f"evaluate: accuracy {metrics['accuracy']:.2%} ({low:.1%} to {high:.1%}) on {metrics['n_test']} images")
+    print(f"evaluate: the report is {output / REPORT}")
 
 
 @app.command(rich_help_panel="Steps")
@@ -217,14 +221,20 @@ def predict(
     model: Annotated[Path | None, typer.Option(help="A model.keras file, instead of the registry.")] = None,
     alias: Annotated[str, typer.Option(help="Alias or number of the version in the registry.")] = "champion",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    explain: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write each image with its heat map there, as PNG.")
+    ] = None,
     params_file: ParamsFile = PARAMS,
 ) -> None:
-    """Class and probabilities of images, by a model of the registry or a file."""
-    from braintumor.predict import model_file, predict_files, show
+    """Class and probabilities of images, by a model of the registry or a file, and which are unlike the training's."""
+    from braintumor.predict import explain_files, model_file, predict_files, show
 
     with model_file(model, params_file, alias) as file:
         predictions, unreadable = predict_files(file, paths)
+        overlays = explain_files(file, paths, explain) if explain is not None else []
     show(predictions, as_json)
+    if overlays and not as_json:
+        print(f"{len(overlays)} images with their heat maps are in {explain}")
     if unreadable:
         raise UserError("\n".join(unreadable))
 

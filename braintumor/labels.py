@@ -9,6 +9,9 @@ DECLARED_SPLITS = ("train", "test")
 SPLIT_NAMES = ("train", "val", "calibration", "test")
 # The origin, in groups.csv, of an image that shows nobody.
 PHANTOM = "phantom"
+# The column of groups.csv that names an image's plane, where that is known.
+PLANE = "plane"
+PLANES = ("sagittal", "coronal", "axial")  # perpendicular to x, y, z
 # Stands for the patient of slices that belong together, of one volume, while nobody knows whose they are.
 UNKNOWN_PATIENT_PREFIX = "volume-"
 # A patient named by a digest of a number and a site's key: the same wherever the same person comes from.

@@ -97,6 +97,12 @@ class TrainParams(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)]
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     class_weights: bool
+    input_scaling: Annotated[Literal["imagenet", "per_image"], Field(description="per_image: mean 0, deviation 1")]
+    batch_norm: Annotated[
+        Literal["by_weights", "inference", "train"], Field(description="by_weights: 'train' with weights 'none' alone")
+    ]
+    ema_momentum: Annotated[float, Field(ge=0, lt=1, description="of the averaged weights, a step; 0: no averaging")]
+    ood_alarm_share: Annotated[float, Field(gt=0, lt=0.5, description="of images like the training's, called unlike")]
     early_stopping_epochs: Annotated[int, Field(ge=0, description="0: never stop early")]
     batch_norm_momentum: Annotated[float, Field(gt=0, lt=1, description="used where BatchNorm trains")]
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"]
@@ -109,6 +115,8 @@ class TrainParams(Section):
             raise ValueError("weights 'none' need epochs >= 1: there is no head phase without pretrained weights")
         if self.head_epochs + self.epochs == 0:
             raise ValueError("head_epochs and epochs are both 0: nothing would be trained")
+        if self.weights == "none" and self.batch_norm == "inference":
+            raise ValueError("batch_norm 'inference' needs pretrained weights: it would keep statistics of nothing")
         if self.schedule == "constant" and self.warmup_fraction:
             raise ValueError("schedule 'constant' has no warm-up: set warmup_fraction to 0 or take 'cosine'")
         if self.optimizer == "adam" and self.weight_decay:
@@ -122,21 +130,30 @@ class EvaluateParams(Section):
     bootstrap_samples: Annotated[int, Field(ge=100)]
     confidence_level: Annotated[float, Field(gt=0.5, lt=1)]
     seed: Seed
+    conformal_confidence: Annotated[float, Field(gt=0.5, lt=1, description="share of sets that hold the true class")]
+    triage_max_error: Annotated[float, Field(gt=0, lt=1, description="of the images that are not referred")]
+    ood_probes: Annotated[int, Field(ge=8, description="images of each kind that are unlike the training's")]
+    robustness_images: Annotated[int, Field(ge=0, description="test images that are perturbed; 0: none")]
+    gallery_images: Annotated[int, Field(ge=0, description="of each kind, with Grad-CAM; 0: none")]
 
 
-class Floor(Section):
-    """A lower bound; only a required one can close the gate, the others warn."""
+class Bound(Section):
+    """A bound of a figure; only a required one can close the gate, the others warn."""
 
     value: Fraction
     required: bool
 
 
 class GateParams(Section):
-    """Floors that a model is judged by."""
+    """Bounds that a model is judged by; null turns one off, except that of the accuracy."""
 
-    min_accuracy: Floor
-    min_tumour_sensitivity: Floor
-    min_class_recall: Floor
+    min_accuracy: Bound
+    min_accuracy_low: Bound | None
+    min_copy_free_accuracy: Bound | None
+    min_tumour_sensitivity: Bound | None
+    min_class_recall: Bound | None
+    max_ece: Bound | None
+    min_ood_auroc: Bound | None
 
 
 class RegisterParams(Section):

@@ -1,29 +1,59 @@
 """The class of new images, by a saved model or a version of the registry."""
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from braintumor.errors import UserError
 from braintumor.labels import CLASS_NAMES
 from braintumor.model.images import IMAGE_SUFFIXES, UnreadableImage, decode_grey, resize_square
-from braintumor.model.inference import image_size_px, load_classifier, predict_probabilities
+from braintumor.model.inference import Outputs, image_size_px, load_classifier, predict
+from braintumor.model.saved import model_digest
 from braintumor.params import load_params
 from braintumor.registry import versions
+
+if TYPE_CHECKING:
+    import keras
+    from PIL import Image
+
+CAVEAT = "A research tool, not a diagnostic device."
+OVERLAY_PX = 384
+# So that name and digest fit any file system, in any script.
+MAX_STEM = 50
+LINE_PX, FONT_PX, MARGIN_PX = 24, 16, 8
+OVERLAY_GROUND, OVERLAY_INK, OVERLAY_SOFT = (24, 24, 24), (235, 235, 235), (170, 170, 170)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """`probabilities` by class name; `label` is the most probable."""
+    """`probabilities` by class name; `label` is the most probable.
+
+    `ood_score` is above 1 for an image unlike those of the training; None of a model without such a score.
+    """
 
     path: str
     label: str
     probabilities: dict[str, float]
+    ood_score: float | None = None
+    is_unlike_training: bool | None = None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A model and the images that it is to judge, (n, size, size, 1); `unreadable` tells of the others."""
+
+    classifier: "keras.Model"
+    images: NDArray[np.uint8]
+    files: list[Path]
+    unreadable: list[str]
 
 
 @contextmanager
@@ -39,6 +69,33 @@ def model_file(model: Path | None, params_file: Path, alias: str) -> Iterator[Pa
 
 def predict_files(model: Path, paths: Sequence[Path]) -> tuple[list[Prediction], list[str]]:
     """Predictions of all readable images below `paths`, in order, and what is wrong with each of the others."""
+    read = _read(model, paths)
+    return _predictions(read.files, predict(read.classifier, read.images)), read.unreadable
+
+
+def explain_files(model: Path, paths: Sequence[Path], output: Path) -> list[Path]:
+    """A PNG in the folder `output` of each readable image below `paths`, in order; `predict_files` tells of the others.
+
+    It shows the image beside the heat map of the most probable class. Its name is the image's, and a digest of image
+    and model: the same again replaces it, and nothing else does. What else the folder holds stays.
+    """
+    from braintumor.model.gradcam import heat_maps, overlay
+
+    read = _read(model, paths)
+    outputs = predict(read.classifier, read.images)
+    maps = heat_maps(read.classifier, read.images, outputs.probabilities.argmax(axis=1)[:, None])[:, 0]
+    digest = model_digest(model)
+    written = []
+    for prediction, file, heat in zip(_predictions(read.files, outputs), read.files, maps, strict=True):
+        grey = resize_square(decode_grey(file), OVERLAY_PX)
+        name = hashlib.sha256(digest.encode() + file.read_bytes()).hexdigest()[:12]
+        place = output / f"{file.stem[:MAX_STEM]}-{name}.png"
+        _save_png(_explanation(grey, overlay(grey, heat), prediction), place)
+        written.append(place)
+    return written
+
+
+def _read(model: Path, paths: Sequence[Path]) -> _Read:
     files = [file for path in paths for file in _images_below(path)]
     classifier = load_classifier(model)
     size_px = image_size_px(classifier)
@@ -50,16 +107,53 @@ def predict_files(model: Path, paths: Sequence[Path]) -> tuple[list[Prediction],
         except UnreadableImage as error:
             unreadable.append(str(error))
     stacked = np.stack(images) if images else np.empty((0, size_px, size_px, 1), np.uint8)
-    probabilities = predict_probabilities(classifier, stacked)
-    predictions = [
+    return _Read(classifier, stacked, readable, unreadable)
+
+
+def _predictions(files: Sequence[Path], outputs: Outputs) -> list[Prediction]:
+    scores = [None] * len(files) if outputs.ood_scores is None else [float(score) for score in outputs.ood_scores]
+    return [
         Prediction(
             str(file),
             CLASS_NAMES[int(row.argmax())],
             {name: round(float(value), 6) for name, value in zip(CLASS_NAMES, row, strict=True)},
+            None if score is None else round(score, 6),
+            None if score is None else score > 1,
         )
-        for file, row in zip(readable, probabilities, strict=True)
+        for file, row, score in zip(files, outputs.probabilities, scores, strict=True)
     ]
-    return predictions, unreadable
+
+
+def _explanation(grey: NDArray[np.uint8], overlaid: "Image.Image", prediction: Prediction) -> "Image.Image":
+    """Image and heat map side by side, over what the model says and what it is not."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    said = f"{prediction.label} {prediction.probabilities[prediction.label]:.1%}"
+    lines = [(f"{said}; in colour: what speaks for {prediction.label}", OVERLAY_INK)]
+    if prediction.is_unlike_training:
+        lines.append(("Unlike the images of the training: don't rely on this.", OVERLAY_INK))
+    lines.append((CAVEAT, OVERLAY_SOFT))
+    side = OVERLAY_PX
+    sheet = Image.new("RGB", (2 * side, side + len(lines) * LINE_PX + 2 * MARGIN_PX), OVERLAY_GROUND)
+    sheet.paste(Image.fromarray(grey).convert("RGB"), (0, 0))
+    sheet.paste(overlaid, (side, 0))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_PX)
+    for number, (line, ink) in enumerate(lines):
+        pen.text((MARGIN_PX, side + MARGIN_PX + number * LINE_PX), line, ink, font)
+    return sheet
+
+
+def _save_png(picture: "Image.Image", place: Path) -> None:
+    """The picture is at `place`, whole or not at all."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=place.parent, prefix=".", suffix=".png", delete=False) as file:
+            partial = Path(file.name)
+            picture.save(file, "PNG", optimize=True)
+        partial.chmod(0o644)
+        partial.replace(place)
+    except OSError as error:
+        raise UserError(f"{place} can't be written ({error.strerror}); give another folder as --explain") from error
 
 
 def _images_below(path: Path) -> list[Path]:
@@ -81,12 +175,22 @@ def show(predictions: Sequence[Prediction], as_json: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(caption="A research tool, not a diagnostic device.", box=None, header_style="bold")
+    table = Table(caption=CAVEAT, box=None, header_style="bold")
     table.add_column("image", overflow="fold")
     table.add_column("class")
     for name in CLASS_NAMES:
         table.add_column(name, justify="right")
+    is_scored = any(prediction.ood_score is not None for prediction in predictions)
+    if is_scored:
+        table.add_column("unlike the training", justify="right")
     for prediction in predictions:
         values = [f"{value:.1%}" for value in prediction.probabilities.values()]
-        table.add_row(Text(prediction.path), prediction.label, *values)
+        score = [_told_score(prediction)] if is_scored else []
+        table.add_row(Text(prediction.path), prediction.label, *values, *score)
     Console(soft_wrap=False).print(table)
+
+
+def _told_score(prediction: Prediction) -> str:
+    if prediction.ood_score is None:
+        return ""
+    return f"{'yes' if prediction.is_unlike_training else 'no'} ({prediction.ood_score:.2f})"

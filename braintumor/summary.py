@@ -64,6 +64,7 @@ def summarise(run: RunFiles) -> Iterator[Row]:
     model = {"model_digest": (run.training or {}).get("model_digest"), **splits}
     yield "test accuracy", _told(run.metrics, model, _accuracy)
     yield "tumour sensitivity", _told(run.metrics, model, _sensitivity)
+    yield "confidence", _told(run.metrics, model, _confidence)
     yield "gate", _told(run.decision, {}, lambda decision: _gate(decision, run))
     yield "test set", _told(run.test_uses, {"test_md5": (run.split or {}).get("test_md5")}, _uses)
     registered = {"model_digest": model["model_digest"]}
@@ -111,7 +112,7 @@ def _training(training: dict[str, Any]) -> str:
 def _floors(split: dict[str, Any]) -> str:
     return (
         f"{split['nearest_neighbour_accuracy']:.1%} by the nearest neighbour, "
-        f"{split['statistics_accuracy']:.1%} by brightness, contrast and border alone"
+        f"{split['statistics_accuracy']:.1%} by nine statistics of how an image was made"
     )
 
 
@@ -132,6 +133,13 @@ def _accuracy(metrics: dict[str, Any]) -> str:
 
 def _sensitivity(metrics: dict[str, Any]) -> str:
     return f"{metrics['tumour_sensitivity']:.1%}, specificity {metrics['tumour_specificity']:.1%}"
+
+
+def _confidence(metrics: dict[str, Any]) -> str:
+    return (
+        f"calibration error {metrics['ece']:.1%}; images unlike the training's told from these by an AUROC of "
+        f"{metrics['ood_auroc']:.3f}"
+    )
 
 
 def _gate(decision: dict[str, Any], run: RunFiles) -> str:
@@ -164,5 +172,5 @@ def show_summary(build: Path) -> None:
     console.print(table)
     console.print()
     console.print(f"Data Docs   {build / 'validation' / artifacts.DATA_DOCS / 'index.html'}", soft_wrap=True)
-    console.print(f"Plots       {build / 'evaluation'}", soft_wrap=True)
+    console.print(f"Report      {build / 'evaluation' / artifacts.REPORT}", soft_wrap=True)
     console.print("MLflow UI   make ui", soft_wrap=True)

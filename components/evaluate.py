@@ -7,8 +7,10 @@ from kfp.dsl import HTML, Artifact, ClassificationMetrics, Input, Metrics, Model
 @dsl.component(base_image="braintumor", install_kfp_package=False)
 def evaluate(
     dataset: str,
+    validation: Input[Artifact],
     splits: Input[Artifact],
     model: Input[Model],
+    context: Input[Artifact],
     params: str,
     run_id: str,
     evaluation: Output[Artifact],
@@ -20,7 +22,7 @@ def evaluate(
     roc_pituitary: Output[ClassificationMetrics],
     report: Output[HTML],
 ):
-    """Score the model on the test images of its split."""
+    """Score the model on the test images of its split, and gather the evidence."""
     from pathlib import Path
 
     from braintumor.params import parse_params
@@ -31,7 +33,16 @@ def evaluate(
 
     output = Path(evaluation.path)
     with step_of_the_attempt("evaluate", run_id), shown() as progress:
-        evaluate(Path(dataset), Path(splits.path), Path(model.path), output, parse_params(params), progress)
+        evaluate(
+            Path(dataset),
+            Path(validation.path),
+            Path(splits.path),
+            Path(model.path),
+            Path(context.path),
+            output,
+            parse_params(params),
+            progress,
+        )
         log_evaluation(output, figures)
         log_confusion_matrix(output, confusion_matrix)
         log_roc_curves(output, [roc_glioma, roc_meningioma, roc_notumor, roc_pituitary])

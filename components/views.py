@@ -3,7 +3,6 @@
 Kubeflow's metadata has no NaN and no infinity: they are left out, or put at the edge of their scale.
 """
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,18 +14,13 @@ from kfp.dsl import ClassificationMetrics, Metrics
 from braintumor import artifacts
 from braintumor.artifacts import read_json, write_text
 from braintumor.attempt_report import Ending
-from braintumor.data.html_page import Html, element, figures, joined, page, table
-from braintumor.evidence.metrics import PROBABILITY_COLUMNS, read_predictions
+from braintumor.data.html_page import Html, element, page, table
+from braintumor.evidence.predictions import PROBABILITY_COLUMNS, read_predictions
 from braintumor.labels import CLASS_NAMES
 
 TRAINING_FIGURES = ("epochs_run", "best_epoch", "best_val_loss", "best_val_accuracy", "temperature", "seconds")
 SPLIT_FIGURES = ("leaked_share", "declared_leaked_share", "nearest_neighbour_accuracy", "statistics_accuracy")
 MAX_ROC_POINTS = 200  # a metadata row of thousands of points makes Kubeflow's page slow
-PLOTS = {
-    artifacts.CONFUSION_MATRIX: "Confusion matrix: true against predicted class",
-    artifacts.ROC_CURVES: "ROC curves, one class against the rest",
-    artifacts.PER_CLASS: "Sensitivity, specificity and precision of each class",
-}
 
 
 def log_figures(metrics: Metrics, numbers: Mapping[str, object]) -> None:
@@ -87,31 +81,8 @@ def write_validation_report(validation: Path, file: Path) -> None:
 
 
 def write_evaluation_report(evaluation: Path, file: Path) -> None:
-    """Figures with intervals, classes and plots on one page."""
-    content = _metrics(evaluation)
-    level = f"{content['confidence_level']:.0%} interval over groups"
-    cards = [
-        (name.replace("_", " "), _share(content[name]), f"{_share(low)} to {_share(high)}, {level}")
-        for name in ("accuracy", "balanced_accuracy", "tumour_sensitivity", "tumour_specificity")
-        for low, high in [content[f"{name}_interval"]]
-    ]
-    floor = content["nearest_neighbour_accuracy"]
-    cards.append(("nearest neighbour", _share(floor), "accuracy of looking the images up: the floor"))
-    cards.append(("leaked test images", _share(content["leaked_share"]), f"{content['protocol']}: {content['claim']}"))
-    columns = ("recall", "specificity", "precision", "f1")
-    rows = [
-        [label, int(entry["n"]), *(_figure(_share(entry[name])) for name in columns), _figure(_text(entry["auroc"]))]
-        for label, entry in content["per_class"].items()
-    ]
-    plots = [_picture(evaluation / name, told) for name, told in PLOTS.items() if (evaluation / name).is_file()]
-    parts = [
-        element("h1", "Evaluation"),
-        element("p", "A research tool, not a diagnostic device."),
-        figures(cards),
-        table("Each class", ["class", "test images", *columns, "AUROC"], rows),
-        element("div", joined(plots), 'class="sheets"'),
-    ]
-    write_text(file, page("Evaluation", parts))
+    """The report of the evaluation, as it stands."""
+    write_text(file, (evaluation / artifacts.REPORT).read_text(encoding="utf-8"))
 
 
 def write_decision_report(decision: Path, file: Path) -> None:
@@ -167,9 +138,3 @@ def _mark(check: Mapping[str, Any]) -> Html:
         if check["required"]
         else element("span", "warning", 'class="warning"')
     )
-
-
-def _picture(file: Path, told: str) -> Html:
-    content = base64.b64encode(file.read_bytes()).decode()
-    image = Html(f'<img alt="{told}" src="data:image/png;base64,{content}">')
-    return element("figure", joined([image, element("figcaption", told)]))

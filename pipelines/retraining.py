@@ -68,7 +68,15 @@ def retraining_pipeline(profile: Profile, image: str) -> GraphComponent:
                 splits = placed(task, "split").outputs["splits"]
                 task = train(dataset=data, splits=splits, params=params, image=image, run_id=run_id)
                 model = placed(task, "train").outputs["model"]
-                task = evaluate(dataset=data, splits=splits, model=model, params=params, run_id=run_id)
+                task = evaluate(
+                    dataset=data,
+                    validation=validation,
+                    splits=splits,
+                    model=model,
+                    context=context,
+                    params=params,
+                    run_id=run_id,
+                )
                 evaluation = placed(task, "evaluate").outputs["evaluation"]
                 task = gate(evaluation=evaluation, context=context, validation=validation, params=params, run_id=run_id)
                 judged = placed(task, "gate")

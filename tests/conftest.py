@@ -1,5 +1,6 @@
 """A consistent set of artifact folders around a tiny model, and MLflow stores that are quick to make."""
 
+import hashlib
 import json
 import shutil
 import socket
@@ -15,7 +16,9 @@ import pytest
 from braintumor import artifacts
 from braintumor.artifacts import sha256_of_file, write_json
 from braintumor.data.profile import STATISTICS, write_profile
-from braintumor.evidence.metrics import compute_metrics, make_predictions
+from braintumor.evidence.metrics import compute_test_metrics
+from braintumor.evidence.predictions import make_predictions, read_predictions, write_table
+from braintumor.evidence.statistics_floor import STATISTICS as FLOOR_STATISTICS
 from braintumor.labels import CLASS_NAMES
 from braintumor.model.saved import model_digest
 from braintumor.params import Params, load_params
@@ -52,8 +55,9 @@ def params() -> Params:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two saved classifiers with different weights: images (n, 32, 32, 1) -> probabilities (n, 4)."""
+    """Two saved classifiers with different weights: images (n, 32, 32, 1) -> probabilities (n, 4), score (n, 1)."""
     from braintumor.model.densenet import import_keras
+    from braintumor.model.inference import OOD_SCORE, PROBABILITIES
 
     keras = import_keras()
     folder = tmp_path_factory.mktemp("models")
@@ -62,9 +66,14 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         image = keras.Input((SIZE_PX, SIZE_PX, 1), name="image")
         scaled = keras.layers.Rescaling(1 / 255)(image)
         features = keras.layers.GlobalAveragePooling2D()(keras.layers.MaxPooling2D(8)(scaled))
-        logits = keras.layers.Dense(4, kernel_initializer=keras.initializers.RandomNormal(seed=seed))(features)
+        normal = keras.initializers.RandomNormal(seed=seed)
+        logits = keras.layers.Dense(4, kernel_initializer=normal, name="logits")(features)
         paths.append(folder / f"model-{seed}.keras")
-        keras.Model(image, keras.layers.Softmax()(logits), name="tiny").save(paths[-1])
+        outputs = {
+            PROBABILITIES: keras.layers.Softmax(name=PROBABILITIES)(logits),
+            OOD_SCORE: keras.layers.Dense(1, kernel_initializer="ones", name=OOD_SCORE)(features),
+        }
+        keras.Model(image, outputs, name="tiny").save(paths[-1])
     return paths
 
 
@@ -128,13 +137,25 @@ def _write_split(folder: Path, protocol: str) -> dict[str, Any]:
         for number in range(TESTS_PER_CLASS)
     ]
     pd.DataFrame(rows).to_csv(folder / artifacts.SPLITS, index=False)
+    test = [row for row in rows if row["split"] == "test"]
+    floors = [
+        {
+            "path": row["path"],
+            "neighbour_label": row["label"] if index < 0.5 * len(test) else "notumor",
+            "statistics_label": row["label"] if index < 0.4 * len(test) else "notumor",
+        }
+        for index, row in enumerate(test)
+    ]
+    pd.DataFrame(floors).to_csv(folder / artifacts.FLOORS, index=False)
     summary = {
         "data_md5": DATA_MD5,
         "splits_sha256": sha256_of_file(folder / artifacts.SPLITS),
+        "floors_sha256": sha256_of_file(folder / artifacts.FLOORS),
         "protocol": protocol,
         "claim": "copy-free, patients unknown",
         "test_md5": "fedcba9876543210fedcba9876543210",
         "statistics_accuracy": 0.4,
+        "statistics_importances": dict.fromkeys(FLOOR_STATISTICS, 0.0),
         "leaked_share": 0.0,
         "declared_leaked_share": 0.25,
         "nearest_neighbour_accuracy": 0.5,
@@ -160,6 +181,9 @@ def _write_model(folder: Path, model: Path, split: dict[str, Any], params: Param
     ]
     pd.DataFrame(epochs).to_csv(folder / artifacts.HISTORY, index=False)
     (folder / artifacts.LEARNING_CURVE).write_bytes(b"\x89PNG")
+    seen = [f"train/{label}/{number}.png" for label in CLASS_NAMES for number in range(TESTS_PER_CLASS)]
+    digests = [hashlib.sha256(path.encode()).hexdigest() for path in seen]
+    pd.DataFrame({"path": seen, "sha256": digests}).to_csv(folder / artifacts.SEEN_IMAGES, index=False)
     training = {
         "data_md5": DATA_MD5,
         "splits_sha256": split["splits_sha256"],
@@ -186,17 +210,25 @@ def _write_evaluation(
     rows = rows[rows["split"] == "test"]
     judged = rows["label"].map(CLASS_NAMES.index).to_numpy()
     judged[:n_wrong] = (judged[:n_wrong] + 1) % len(CLASS_NAMES)
-    probabilities = np.full((len(rows), len(CLASS_NAMES)), 0.1, np.float32)
-    probabilities[np.arange(len(rows)), judged] = 0.7
-    predictions = make_predictions(rows, probabilities)
-    predictions.to_csv(folder / artifacts.PREDICTIONS, index=False, float_format="%.9g")
-    figures = compute_metrics(predictions, params.evaluate)
+    probabilities = np.full((len(rows), len(CLASS_NAMES)), 0.01, np.float32)
+    probabilities[np.arange(len(rows)), judged] = 0.97
+    scores = np.linspace(0.2, 0.9, len(rows), dtype=np.float32)
+    floors = pd.read_csv(splits / artifacts.FLOORS, dtype=str).drop(columns="path")
+    predictions = make_predictions(rows, probabilities, scores).assign(
+        is_leaked=False, is_declared_copy=False, **{name: floors[name].to_numpy() for name in floors}
+    )
+    write_table(predictions, folder / artifacts.PREDICTIONS)
+    probes = pd.DataFrame({"kind": ["noise"] * 8 + ["rotated"] * 8, "ood_score": np.linspace(0.85, 3, 16)})
+    write_table(probes, folder / artifacts.OOD_SCORES)
+    write_json(folder / artifacts.EVIDENCE, {"model_digest": digest})
+    (folder / artifacts.REPORT).write_text("<!DOCTYPE html><title>Evaluation</title>")
+    tables = [read_predictions(folder / name) for name in (artifacts.PREDICTIONS, artifacts.OOD_SCORES)]
     metrics = {
-        "schema_version": 1,
+        "schema_version": 2,
         **split,
         "model_digest": digest,
-        "predictions_sha256": sha256_of_file(folder / artifacts.PREDICTIONS),
-        **figures,
+        **{f"{Path(name).stem}_sha256": sha256_of_file(folder / name) for name in artifacts.JUDGED_FILES},
+        **compute_test_metrics(*tables, params.evaluate),
     }
     write_json(folder / artifacts.METRICS, metrics)
     (folder / "roc_curves.png").write_bytes(b"\x89PNG")

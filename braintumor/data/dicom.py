@@ -382,3 +382,13 @@ def _decode(source: Path, path: PurePosixPath, indices: list[int]) -> tuple[list
     with readable(path, f"is damaged, or compressed in a way that can't be read here ({name})"):
         # A list: the pixels are decoded here, where their errors are caught.
         return list(iter_pixels(dataset, indices=indices)), None if padding is None else int(padding)
+
+
+def read_shipped(name: str) -> NDArray[np.float64]:
+    """The first picture (height, width) of a file that pydicom ships for its own tests; nothing is fetched."""
+    import pydicom
+    from pydicom.pixels import pixel_array
+
+    with silence():
+        picture = np.asarray(pixel_array(Path(pydicom.__file__).parent / "data" / "test_files" / name, index=0), float)
+    return picture if picture.ndim == 2 else picture.mean(axis=2)

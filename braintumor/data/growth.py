@@ -15,7 +15,16 @@ import pandas as pd
 from braintumor.artifacts import GROUPS_FILE, replacing_directory, write_text
 from braintumor.data import patients
 from braintumor.data.arrivals import LIKENESSES, Arrivals, Likeness, Match, compare
-from braintumor.data.intake import DEFAULT_RULE, Opened, few_images, note_on_names, opened, renamed, resolved
+from braintumor.data.intake import (
+    DEFAULT_RULE,
+    Opened,
+    copy_masks,
+    few_images,
+    note_on_names,
+    opened,
+    renamed,
+    resolved,
+)
 from braintumor.data.layout import Place, distinct_names
 from braintumor.data.manifest import list_contents
 from braintumor.data.next_version import Counts, carry_over, count_images, link, show_change, workplace
@@ -204,6 +213,7 @@ def _fill(
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
             link(files[path], folder / place)
         advance()
+    copy_masks(found, targets, folder)
 
 
 def _join_patients(

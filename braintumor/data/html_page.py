@@ -1,5 +1,6 @@
 """Pages that load nothing: readable on a phone, in the dark and by a screen reader."""
 
+import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -38,6 +39,30 @@ td:has(> .bar) { width: 24rem; min-width: 6rem; } caption { text-align: left; fo
 .sheets { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; } .sheets > figure { margin: 0; }
 figure { max-width: 100%; } figure img { max-width: 100%; height: auto; display: block; } details { margin: .3rem 0; }
 figcaption { font-size: .9rem; max-width: 45rem; } summary { cursor: pointer; }
+.figure { font-variant-numeric: tabular-nums; } .lede { margin: .4rem 0; } .title h1 { margin: .2rem 0; }
+.title { align-items: baseline; display: flex; flex-wrap: wrap; gap: 0 1.5rem; justify-content: space-between; }
+h3 { margin-top: 1.4rem; } h2, h3 { scroll-margin-top: .8rem; } .finding { font-weight: 600; margin-top: .3rem; }
+figure.plot { margin: 0; } figure.beside { align-items: center; display: flex; flex-wrap: wrap; gap: .3rem 1rem; }
+figure.beside > figcaption { flex: 1 1 9rem; } ul.plain { list-style: none; padding-left: 0; }
+nav ol { display: flex; flex-wrap: wrap; font-size: .88rem; gap: .3rem .9rem; list-style: none; margin: .5rem 0;
+  padding: 0; }
+.side { display: grid; gap: 0 2.2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
+.side > * { min-width: 0; } .side h2 { border: 0; margin: .6rem 0 0; padding-top: 0; } .side li { margin: .2rem 0; }
+.side ul { font-size: .93rem; line-height: 1.4; margin: .5rem 0; padding-left: 1.2rem; }
+.side dl.figures { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
+.pair { align-items: flex-start; display: flex; flex-wrap: wrap; gap: .4rem 1.8rem; }
+.pair > div { flex: 1 1 20rem; min-width: 0; } .pair > .plots { flex: 0 1 auto; }
+.pair > div > p { max-width: 42rem; margin-top: .3rem; }
+.plots { align-items: flex-start; display: flex; flex-wrap: wrap; gap: .8rem 1.2rem; }
+.small { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); }
+.matrix td { background: color-mix(in srgb, var(--bar) var(--shade), transparent); min-width: 4.6rem;
+  padding: .5rem .6rem; text-align: center; } .matrix td small { display: block; }
+.matrix th { padding-right: 1rem; vertical-align: middle; } .matrix thead th { padding-right: 0; text-align: center; }
+@media (max-width: 34rem) { .wide { font-size: .93rem; } .wide td, .wide th { padding-right: .8rem; }
+  .matrix { font-size: .85rem; } .matrix td { min-width: 3rem; padding: .4rem .2rem; }
+  .matrix th, .matrix thead th { font-size: .68rem; padding: .2rem; } }
+/* Plots are dark ink on nothing: turned over, their hues stay. */
+@media (prefers-color-scheme: dark) { figure.plot img { filter: invert(1) hue-rotate(180deg); } }
 """
 # Whatever a page came to hold, the browser loads and runs nothing.
 POLICY = (
@@ -92,6 +117,25 @@ def link(address: str, text: object) -> Html:
 def listed(items: Iterable[object]) -> Html:
     """An unordered list."""
     return element("ul", joined(element("li", item) for item in items))
+
+
+def picture(content: bytes, alt: str, size: tuple[int, int]) -> Html:
+    """An image that stands within the page (SVG, PNG or JPEG); `alt` says what whoever doesn't see it should know."""
+    kinds = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"<?xml": "svg+xml", b"<svg": "svg+xml"}
+    kind = next(kind for start, kind in kinds.items() if content.startswith(start))
+    address = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return Html(f'<img src="{address}" width="{size[0]}" height="{size[1]}" alt="{escape(alt)}">')
+
+
+def heading(level: int, title: object, anchor: str) -> Html:
+    """A heading that `#anchor` leads to."""
+    return element(f"h{level}", title, f'id="{escape(anchor)}"')
+
+
+def contents(entries: Iterable[tuple[str, str]]) -> Html:
+    """Links to the headings of this page: (anchor, title) each."""
+    items = [element("li", link(f"#{anchor}", title)) for anchor, title in entries]
+    return element("nav", element("ol", joined(items)), 'aria-label="Contents"')
 
 
 def folded(summary: str, content: object) -> Html:

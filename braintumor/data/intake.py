@@ -18,6 +18,7 @@ from braintumor.artifacts import GROUPS_FILE, replacing_directory
 from braintumor.data import patients
 from braintumor.data.layout import Plan, distinct_names, plan_places
 from braintumor.data.manifest import dataset_md5, is_hidden
+from braintumor.data.masks import MASKS, mask_path
 from braintumor.data.next_version import Counts, count_images, show_change, total, workplace
 from braintumor.data.slices import SliceRule
 from braintumor.data.sources import (
@@ -194,7 +195,7 @@ def _refuse_foreign_target(target: Path) -> None:
     """Only a data set may be replaced: a mistyped target must not cost a home folder."""
     if target.is_file():
         raise UserError(f"{target} is a file; give a folder as the target")
-    own = {GROUPS_FILE, *DESKTOP_FILES, *DECLARED_SPLITS}
+    own = {GROUPS_FILE, MASKS, *DESKTOP_FILES, *DECLARED_SPLITS}
     own |= {f"{declared}/{name}" for declared in DECLARED_SPLITS for name in (*CLASS_NAMES, *DESKTOP_FILES)}
     present = [path for pattern in ("*", "train/*", "test/*") for path in target.glob(pattern)]
     foreign = sorted({printable(path.relative_to(target)) for path in present} - own)
@@ -233,9 +234,17 @@ def _fill(folder: Path, found: Opened, targets: dict[PurePosixPath, str], progre
     for path, place in targets.items():
         copy_file(found.files, path, folder / place)
         advance()
+    copy_masks(found, targets, folder)
     if found.rows is not None:
         places = {str(path): place for path, place in targets.items()}
         patients.write_rows(patients.moved(found.rows, places), folder)
+
+
+def copy_masks(found: Opened, targets: Mapping[PurePosixPath, str], folder: Path) -> None:
+    """The masks of the images that became `targets` stand in `folder`, too; one that is there stays as it is."""
+    for path, mask in found.plan.masks.items():
+        if path in targets and not (place := folder / mask_path(targets[path])).exists():
+            copy_file(found.files, mask, place)
 
 
 def _summary(found: Opened, target: Path, before: Counts, targets: dict[PurePosixPath, str]) -> ImportSummary:

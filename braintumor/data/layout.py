@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from braintumor.artifacts import GROUPS_FILE
 from braintumor.data.manifest import is_hidden
+from braintumor.data.masks import mask_path
 from braintumor.data.sources import printable
 from braintumor.errors import UserError, name_some
 from braintumor.labels import CLASS_FOLDERS, SPLIT_FOLDERS
@@ -38,6 +39,7 @@ class Plan:
 
     root: PurePosixPath  # the folder of the source that holds the split or class folders
     places: dict[PurePosixPath, Place]  # by source path, sorted
+    masks: dict[PurePosixPath, PurePosixPath]  # source path of the lesion's mask, by that of the image
     skipped: dict[str, int]  # files by kind
     is_flat: bool  # class folders without Training/Testing: all images go to train/
 
@@ -51,14 +53,19 @@ def plan_places(source: Path, paths: Sequence[PurePosixPath]) -> Plan:
     root = _find_root(source, images)
     places = {path: place for path in sorted(images) if (place := _place(path, root)) is not None}
     is_flat = not any(_is_split(path, root) for path in places)
-    _refuse_unknown_classes(source, root, set(images) - set(places), is_flat)
+    known = set(images)
+    beside = {path: root / mask_path(str(path.relative_to(root))) for path in places}
+    masks = {path: beside[path] for path in places if beside[path] in known}
+    others = known - set(places) - set(masks.values())
+    _refuse_unknown_classes(source, root, others, is_flat)
     return Plan(
         root=root,
         places=places,
+        masks=masks,
         skipped={
             HIDDEN: len(paths) - len(visible),
             NOT_IMAGES: sum(path.name != GROUPS_FILE for path in set(visible) - set(images)),
-            OUTSIDE: len(images) - len(places),
+            OUTSIDE: len(others),
         },
         is_flat=is_flat,
     )

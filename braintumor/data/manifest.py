@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from braintumor.artifacts import GROUPS_FILE, MANIFEST
 from braintumor.data.duplicates import FINGERPRINT_PX, Fingerprints, fingerprint, group_copies
+from braintumor.data.masks import mask_path
 from braintumor.data.oddities import measure_oddities
 from braintumor.data.patients import refuse_strangers, rows_of
 from braintumor.errors import UserError, name_some
@@ -75,7 +77,8 @@ class Contents:
     """The files of a data set, as POSIX paths relative to it, sorted."""
 
     images: list[str]  # {train,test}/<class>/<name>
-    misplaced: list[str]  # images anywhere else
+    masks: list[str]  # of lesions in these images: masks/{train,test}/<class>/<name without suffix>.png
+    misplaced: list[str]  # images anywhere else, and masks of no image or of several
     ignored: list[str]  # hidden files and other suffixes
     versioned: list[str]  # all that DVC counts, groups.csv included
 
@@ -97,10 +100,13 @@ def list_contents(dataset: Path) -> Contents:
     visible = [path for path in versioned if not is_hidden(PurePosixPath(path))]
     pictures = [path for path in visible if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES]
     images = [path for path in pictures if _stands_in_a_class(path)]
+    of_images = Counter(mask_path(path) for path in images)
+    masks = [path for path in pictures if of_images[path] == 1]
     taken = {*pictures, GROUPS_FILE}
     return Contents(
         images=images,
-        misplaced=sorted(set(pictures) - set(images)),
+        masks=masks,
+        misplaced=sorted(set(pictures) - set(images) - set(masks)),
         ignored=[path for path in versioned if path not in taken],
         versioned=versioned,
     )

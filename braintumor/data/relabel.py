@@ -17,6 +17,7 @@ from braintumor.artifacts import GROUPS_FILE, replacing_directory
 from braintumor.data import patients
 from braintumor.data.layout import distinct_names
 from braintumor.data.manifest import list_contents
+from braintumor.data.masks import mask_path
 from braintumor.data.next_version import Counts, brief, carry_over, count_images, link, show_change, workplace
 from braintumor.errors import UserError, name_some
 from braintumor.labels import CLASS_FOLDERS, CLASS_NAMES, DECLARED_SPLITS
@@ -99,8 +100,8 @@ def relabel(corrections: Path, dataset: Path, progress: Progress = silent, *, dr
         to_move = {one.path: (one.path.parts[0], one.label) for one in pending if one.label != REMOVE}
         moved = {str(path): place for path, place in distinct_names(to_move, taken=there.versioned).items()}
         if pending and not dry_run:
-            _keep(removed, dataset, rows, scratch)
-            _apply(moved, removed, dataset, rows, progress)
+            _keep(removed, dataset, rows, there.masks, scratch)
+            _apply(moved, removed, dataset, rows, there.masks, progress)
     return RelabelSummary(
         dataset=dataset,
         before=count_images(there.images),
@@ -208,21 +209,24 @@ def _holds_another(place: Path, image: Path) -> bool:
     return place.exists() and not filecmp.cmp(place, image, shallow=False)
 
 
-def _keep(removed: Mapping[str, Path], dataset: Path, rows: pd.DataFrame, scratch: Path) -> None:
-    """The images to remove stand outside the data set as well, with their rows of groups.csv; git does not see them."""
+def _keep(removed: Mapping[str, Path], dataset: Path, rows: pd.DataFrame, masks: Sequence[str], scratch: Path) -> None:
+    """The images to remove stand outside the data set as well, with masks and rows of groups.csv, hidden from git."""
     if not removed:
         return
     folder = removed_folder(dataset)
     folder.mkdir(exist_ok=True)
     (scratch / ".gitignore").write_text("*\n")
     (scratch / ".gitignore").replace(folder / ".gitignore")
-    for number, (path, place) in enumerate(removed.items()):
+    places = {path: place.relative_to(folder).as_posix() for path, place in removed.items()}
+    of_masks = {
+        mask_path(path): folder / mask_path(place) for path, place in places.items() if mask_path(path) in masks
+    }
+    for number, (path, place) in enumerate([*removed.items(), *of_masks.items()]):
         place.parent.mkdir(parents=True, exist_ok=True)
         # Where a link is a copy in truth, it appears whole or not at all.
         # The image itself, where the data set holds a link into DVC's cache, which forgets it some day.
         link(Path(os.path.realpath(dataset / path)), scratch / str(number))
         (scratch / str(number)).replace(place)
-    places = {path: place.relative_to(folder).as_posix() for path, place in removed.items()}
     earlier, kept = patients.rows_of(folder), patients.moved(rows, places)
     if len(kept):
         earlier = earlier[~earlier["path"].isin(kept["path"])]
@@ -231,11 +235,19 @@ def _keep(removed: Mapping[str, Path], dataset: Path, rows: pd.DataFrame, scratc
 
 
 def _apply(
-    moved: Mapping[str, str], removed: Iterable[str], dataset: Path, rows: pd.DataFrame, progress: Progress
+    moved: Mapping[str, str],
+    removed: Iterable[str],
+    dataset: Path,
+    rows: pd.DataFrame,
+    masks: Sequence[str],
+    progress: Progress,
 ) -> None:
     moves: dict[str, str | None] = {**moved, **dict.fromkeys(removed)}
+    of_masks = {
+        mask_path(path): place and mask_path(place) for path, place in moves.items() if mask_path(path) in masks
+    }
     with replacing_directory(dataset, may_hold=None) as folder:
-        carry_over(dataset, folder, moves, progress)
+        carry_over(dataset, folder, moves | of_masks, progress)
         if rows["path"].isin(list(moves)).any():
             kept = {path: place for path in rows["path"] if (place := moves.get(path, path)) is not None}
             patients.write_rows(patients.moved(rows, kept), folder)

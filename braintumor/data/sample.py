@@ -20,7 +20,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from braintumor.artifacts import GROUPS_FILE, replacing_directory
+from braintumor.data.masks import mask_path
 from braintumor.errors import UserError
-from braintumor.labels import CLASS_NAMES, NO_TUMOUR, PHANTOM
+from braintumor.labels import CLASS_NAMES, NO_TUMOUR, PHANTOM, PLANE
 from braintumor.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -126,8 +126,8 @@ class SampleSummary:
     """What `draw_sample` wrote."""
 
     output: Path
-    masks: Path | None
     images: int
+    masks: int
     patients: int
     images_per_class: dict[str, int]
     bytes: int
@@ -590,35 +590,33 @@ def draw_sample(
     """A data set of phantoms stands at `output`, whole, or nothing does.
 
     `patients_per_class` maps each split to its number of patients in every class; no patient is in two splits. The
-    files are `SPLIT/CLASS/CLASS-p00123-s2.jpg` (grey JPEG) and `groups.csv` (path below `output`, patient, origin).
-    With masks, a folder `OUTPUT-masks` of the same layout stands beside it (PNG, 255 in the lesion). `processes`
-    defaults to the number of cores, which import the caller's main module again.
+    files are `SPLIT/CLASS/CLASS-p00123-s2.jpg` (grey JPEG) and `groups.csv` (path below `output`, patient, origin,
+    plane). With masks, the lesions of the test images stand in `masks/SPLIT/CLASS/` (PNG, 255 in the lesion).
+    `processes` defaults to the number of cores, which import the caller's main module again.
 
-    Raises UserError where `output`, or the masks' folder, holds anything already.
+    Raises UserError where `output` holds anything already.
     """
     output = Path(output)
-    masks = output.with_name(f"{output.name}-masks") if with_masks else None
-    for folder in filter(None, (output, masks)):
-        refuse_occupied(folder)
+    refuse_occupied(output)
     orders = list(number_patients(patients_per_class, seed, size_px))
-    rows: list[tuple[str, str, str]] = []
+    rows: list[tuple[str, str, str, str]] = []
     images_per_class: Counter[str] = Counter()
-    with ExitStack() as stack:
-        images_folder = stack.enter_context(replacing_directory(output, may_hold=None))
-        masks_folder = stack.enter_context(replacing_directory(masks, may_hold=None)) if masks else None
+    masks = 0
+    with replacing_directory(output, may_hold=None) as folder:
         advance = progress("sample: drawing patients", len(orders))
         for split, phantoms in draw_all(orders, processes):
             for phantom in phantoms:
                 path = f"{split}/{phantom.label}/{file_stem(phantom)}.jpg"
-                save_image(phantom.image, images_folder / path)
-                if masks_folder:
-                    save_image(phantom.lesion * np.uint8(255), (masks_folder / path).with_suffix(".png"))
-                rows.append((path, f"p{phantom.patient:05d}", PHANTOM))
+                save_image(phantom.image, folder / path)
+                if with_masks and split == "test" and phantom.lesion.any():
+                    save_image(phantom.lesion * np.uint8(255), folder / mask_path(path))
+                    masks += 1
+                rows.append((path, f"p{phantom.patient:05d}", PHANTOM, phantom.plane))
                 images_per_class[phantom.label] += 1
             advance()
-        write_groups(rows, images_folder)
-        size = sum(path.stat().st_size for path in images_folder.rglob("*") if path.is_file())
-    return SampleSummary(output, masks, len(rows), len(orders), dict(images_per_class), size)
+        write_groups(rows, folder)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return SampleSummary(output, len(rows), masks, len(orders), dict(images_per_class), size)
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -682,9 +680,9 @@ def save_image(pixels: NDArray[np.uint8], path: Path) -> None:
     path.write_bytes(content.getvalue())
 
 
-def write_groups(rows: Iterable[tuple[str, str, str]], folder: Path) -> None:
-    """`groups.csv` lists which images show the same patient, and that none of them exists."""
+def write_groups(rows: Iterable[tuple[str, str, str, str]], folder: Path) -> None:
+    """`groups.csv` lists which images show the same patient, that none of them exists, and the plane of each."""
     with (folder / GROUPS_FILE).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("path", "patient", "origin"))
+        writer.writerow(("path", "patient", "origin", PLANE))
         writer.writerows(sorted(rows))

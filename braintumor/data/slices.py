@@ -24,7 +24,6 @@ Voxels = NDArray[np.float32]
 Window = tuple[float, float]  # the values shown as black and as white
 Plane = Literal["acquired", "axial"]
 
-PLANES = ("sagittal", "coronal", "axial")  # perpendicular to x, y, z
 AXIAL = 2
 # 512 x 512 x 512 voxels; as float32 half a GiB.
 MAX_VOXELS = 1 << 27

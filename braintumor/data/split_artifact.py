@@ -28,10 +28,15 @@ SPLIT_FACTS = (
 
 @dataclass(frozen=True)
 class MadeSplit:
-    """`rows`: path, label, group, split (str), one row an image; `summary`: split.json."""
+    """`rows`: path, label, group, split (str), one row an image; `summary`: split.json.
+
+    `floors`: path, neighbour_label, statistics_label (str), one row a test image: what a classifier says of it that
+    looks training images up, and one that knows nothing but nine statistics.
+    """
 
     rows: pd.DataFrame
     summary: dict[str, Any]
+    floors: pd.DataFrame
 
     @property
     def data_md5(self) -> str:
@@ -50,23 +55,35 @@ class MadeSplit:
             raise UserError(f"the split has no {name} images; change the section split of the parameters")
         return rows
 
+    def test_images(self) -> pd.DataFrame:
+        """The test rows, with `is_leaked`: whether a copy of the image, or of its patient, was used in training."""
+        used = set(self.rows.loc[self.rows["split"] != "test", "group"])
+        rows = self.part("test")
+        return rows.assign(is_leaked=rows["group"].isin(used))
+
 
 def load_split(folder: Path) -> MadeSplit:
-    """The split in `folder`; refused if splits.csv is not the file that split.json describes."""
+    """The split in `folder`; refused if splits.csv and floors.csv are not the files that split.json describes."""
     summary = artifacts.read_json(folder / artifacts.SPLIT_SUMMARY, made_by=MADE_BY)
     path = folder / artifacts.SPLITS
-    if not path.is_file():
-        raise UserError(f"{path} is missing; run '{MADE_BY}' first")
-    for key in ("data_md5", "splits_sha256", *SPLIT_FACTS):
+    for file in (path, folder / artifacts.FLOORS):
+        if not file.is_file():
+            raise UserError(f"{file} is missing; run '{MADE_BY}' first")
+    for key in ("data_md5", "splits_sha256", "floors_sha256", "statistics_importances", *SPLIT_FACTS):
         if key not in summary:
             raise UserError(f"{folder / artifacts.SPLIT_SUMMARY} has no {key}; run '{MADE_BY}' again")
-    if artifacts.sha256_of_file(path) != summary["splits_sha256"]:
-        raise UserError(f"{path} was changed after it was made; run '{MADE_BY}' again")
-    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    rows = _unchanged(path, summary["splits_sha256"])
+    floors = _unchanged(folder / artifacts.FLOORS, summary["floors_sha256"])
     # Asked again of the file, whoever wrote it.
     if summary["protocol"] not in LEAKY_PROTOCOLS and (problems := check_split(rows)):
         raise UserError(f"{path} is no split: {'; '.join(problems)}; run '{MADE_BY}' again")
-    return MadeSplit(rows, summary)
+    return MadeSplit(rows, summary, floors)
+
+
+def _unchanged(path: Path, sha256: str) -> pd.DataFrame:
+    if artifacts.sha256_of_file(path) != sha256:
+        raise UserError(f"{path} was changed after it was made; run '{MADE_BY}' again")
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
 def test_md5(rows: pd.DataFrame, md5_of: Mapping[str, str]) -> str:

@@ -23,10 +23,10 @@ from braintumor.data.next_version import link
 from braintumor.data.nifti import MASKS, bids_subject, case_name, is_mask, is_mask_of, is_nifti, read_nifti
 from braintumor.data.patients import COLUMNS, read_rows, write_rows
 from braintumor.data.pseudonyms import PATIENT_KEY_VARIABLE, patient_key, pseudonym
-from braintumor.data.slices import PLANES, LeftOut, Refused, SliceRule, choose_slices, show_slice
+from braintumor.data.slices import LeftOut, Refused, SliceRule, choose_slices, show_slice
 from braintumor.data.sources import printable
 from braintumor.errors import UserError, name_some
-from braintumor.labels import SPLIT_FOLDERS, UNKNOWN_PATIENT_PREFIX
+from braintumor.labels import PLANE, PLANES, SPLIT_FOLDERS, UNKNOWN_PATIENT_PREFIX
 from braintumor.model.images import IMAGE_SUFFIXES, Grey
 from braintumor.progress import Progress, silent
 
@@ -68,6 +68,7 @@ class Slice:
     path: PurePosixPath
     volume: Pending
     digest: str  # of the volume
+    plane: str
 
 
 def convert_volumes(
@@ -241,8 +242,11 @@ class _Conversion:
         else:
             volume = read_series(self.source, pending.paths, self.rule.plane)
         indices = choose_slices(volume, self.rule)
-        name = f"{volume.digest}-{PLANES[volume.axis]}"
-        slices = [Slice(pending.place / f"{name}-{index:03d}.png", pending, volume.digest) for index in indices]
+        plane = PLANES[volume.axis]
+        stem = pending.place / f"{volume.digest}-{plane}"
+        slices = [
+            Slice(stem.with_name(f"{stem.name}-{index:03d}.png"), pending, volume.digest, plane) for index in indices
+        ]
         if any((self.work / written.path).exists() for written in slices):
             raise LeftOut(REPEATED)
         for index, written in zip(indices, slices, strict=True):
@@ -272,9 +276,10 @@ class _Conversion:
         for written in self.slices:
             stated = self.rows[written.volume.stated] if written.volume.stated else {}
             path = str(written.path.relative_to(self.groups_folder))
-            rows.append(stated | {"path": path, "patient": names[written.volume.case]})
+            rows.append(stated | {"path": path, "patient": names[written.volume.case], PLANE: written.plane})
         if rows:
-            write_rows(pd.DataFrame(rows, columns=self.columns).fillna(""), self.work / self.groups_folder)
+            columns = list(dict.fromkeys([*self.columns, PLANE])) if self.slices else self.columns
+            write_rows(pd.DataFrame(rows, columns=columns).fillna(""), self.work / self.groups_folder)
 
     def _patient_names(self) -> dict[Case, str]:
         """What stands in groups.csv for each case; a remark on those who count as unknown."""

@@ -1,6 +1,6 @@
 """Figures of a classifier on its test images, with intervals by bootstrap over groups of copies or patients."""
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,30 +8,61 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from braintumor.errors import UserError
+from braintumor.evidence.bootstrap import mean_interval
+from braintumor.evidence.calibration import brier_score, expected_calibration_error, negative_log_likelihood
+from braintumor.evidence.predictions import (
+    OOD_COLUMN,
+    OOD_SCORE_COLUMNS,
+    PREDICTION_COLUMNS,
+    PROBABILITY_COLUMNS,
+    SPLIT_COLUMNS,
+)
+from braintumor.evidence.shift import ood_auroc
 from braintumor.labels import CLASS_NAMES, NO_TUMOUR
 from braintumor.params import EvaluateParams
 
-PROBABILITY_COLUMNS = tuple(f"probability_{name}" for name in CLASS_NAMES)
-PREDICTION_COLUMNS = ("path", "label", "group", "predicted", *PROBABILITY_COLUMNS)
-_COLUMN_TYPES: dict[str, type] = {name: float if name in PROBABILITY_COLUMNS else str for name in PREDICTION_COLUMNS}
 _NO_TUMOUR = CLASS_NAMES.index(NO_TUMOUR)
 
 
-def make_predictions(rows: pd.DataFrame, probabilities: NDArray[np.float32]) -> pd.DataFrame:
-    """Rows of predictions.csv for rows with path, label, group and probabilities (n, 4)."""
-    predicted = np.asarray(CLASS_NAMES)[probabilities.argmax(axis=1)]
-    columns = {name: probabilities[:, index].astype(float) for index, name in enumerate(PROBABILITY_COLUMNS)}
-    return rows[["path", "label", "group"]].reset_index(drop=True).assign(predicted=predicted, **columns)
+def compute_test_metrics(predictions: pd.DataFrame, ood_scores: pd.DataFrame, params: EvaluateParams) -> dict[str, Any]:
+    """As `compute_metrics`, and the figures of copies and of images unlike the training's.
+
+    `predictions` has the columns that the split knows, too; `ood_scores` has kind and ood_score of such images. Without
+    copy-free test images, `copy_free_accuracy` and its interval are None. Raises UserError for scores that are not
+    finite, too.
+    """
+    columns = [*PREDICTION_COLUMNS, OOD_COLUMN, *SPLIT_COLUMNS]
+    _refuse_missing(predictions, columns, "predictions.csv")
+    _refuse_missing(ood_scores, list(OOD_SCORE_COLUMNS), "ood_scores.csv")
+    for table, name in ((predictions, "predictions.csv"), (ood_scores, "ood_scores.csv")):
+        if table.empty or not np.isfinite(table[OOD_COLUMN].to_numpy(float)).all():
+            raise UserError(f"{name} has no scores, or some that are not finite; run 'braintumor evaluate' again")
+    metrics = compute_metrics(predictions, params)
+    test_scores = predictions[OOD_COLUMN].to_numpy(float)
+    by_kind = {str(kind): rows[OOD_COLUMN].to_numpy(float) for kind, rows in ood_scores.groupby("kind")}
+    return {
+        **metrics,
+        **_copy_free(predictions, params),
+        "ood_auroc": ood_auroc(test_scores, by_kind),
+        "ood_flagged_share": float((test_scores > 1).mean()),
+    }
 
 
-def read_predictions(path: Path) -> pd.DataFrame:
-    """The rows of predictions.csv, names as text and probabilities as numbers."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing; run 'braintumor evaluate' first")
-    try:
-        return pd.read_csv(path, dtype=_COLUMN_TYPES, keep_default_na=False, float_precision="round_trip")
-    except ValueError as error:
-        raise UserError(f"{path} is not a table of predictions ({error}); run 'braintumor evaluate' again") from error
+def _copy_free(predictions: pd.DataFrame, params: EvaluateParams) -> dict[str, Any]:
+    rows = predictions[~predictions["is_leaked"]]
+    is_right = (rows["label"] == rows["predicted"]).to_numpy(float)
+    groups = pd.factorize(rows["group"], sort=True)[0]
+    return {
+        "n_copy_free": len(rows),
+        "copy_free_accuracy": float(is_right.mean()) if len(rows) else None,
+        "copy_free_accuracy_interval": mean_interval(is_right, groups, params) if len(rows) else None,
+    }
+
+
+def _refuse_missing(table: pd.DataFrame, columns: Sequence[str], name: str) -> None:
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise UserError(f"{name} has no column {', '.join(missing)}; run 'braintumor evaluate' again")
 
 
 def compute_metrics(predictions: pd.DataFrame, params: EvaluateParams) -> dict[str, Any]:
@@ -49,7 +80,7 @@ def compute_metrics(predictions: pd.DataFrame, params: EvaluateParams) -> dict[s
     by_group = np.zeros((n_groups, len(CLASS_NAMES), len(CLASS_NAMES)))
     np.add.at(by_group, (groups, truth, predicted), 1)
     confusion = by_group.sum(axis=0)
-    figures = _figures(confusion)
+    figures = figures_of_confusion(confusion)
     is_tumour = truth != _NO_TUMOUR
     return {
         "n_test": len(predictions),
@@ -59,15 +90,16 @@ def compute_metrics(predictions: pd.DataFrame, params: EvaluateParams) -> dict[s
         **{f"{name}_interval": bounds for name, bounds in _intervals(by_group, params).items()},
         "macro_auroc": float(roc_auc_score(truth, _normalised(probabilities), multi_class="ovr", average="macro")),
         "tumour_auroc": float(roc_auc_score(is_tumour, 1 - probabilities[:, _NO_TUMOUR])),
+        "ece": expected_calibration_error(probabilities.max(axis=1), truth == predicted),
+        "brier": brier_score(truth, probabilities),
+        "nll": negative_log_likelihood(truth, probabilities),
         "per_class": _per_class(confusion, truth, probabilities),
         "confusion_matrix": confusion.astype(int).tolist(),
     }
 
 
 def _checked(predictions: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    missing = [column for column in PREDICTION_COLUMNS if column not in predictions]
-    if missing:
-        raise UserError(f"predictions.csv has no column {', '.join(missing)}; run 'braintumor evaluate' again")
+    _refuse_missing(predictions, PREDICTION_COLUMNS, "predictions.csv")
     probabilities = predictions[list(PROBABILITY_COLUMNS)].to_numpy(float)
     if not np.isfinite(probabilities).all() or not np.allclose(probabilities.sum(axis=1), 1, atol=1e-3):
         raise UserError("predictions.csv holds rows that are no probabilities; run 'braintumor evaluate' again")
@@ -83,7 +115,7 @@ def _checked(predictions: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.i
     return np.asarray(truth, np.int64), np.asarray(predicted, np.int64), probabilities
 
 
-def _figures(confusion: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+def figures_of_confusion(confusion: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     """Figures of confusion matrices (..., true, predicted), each (...); 0 / 0 counts as 0."""
     right = np.diagonal(confusion, axis1=-2, axis2=-1)
     recall = _ratio(right, confusion.sum(axis=-1))
@@ -127,9 +159,9 @@ def _intervals(by_group: NDArray[np.float64], params: EvaluateParams) -> dict[st
         "balanced_accuracy": smallest,
         "macro_f1": smallest,
     }
-    point = _figures(by_group.sum(axis=0))
+    point = figures_of_confusion(by_group.sum(axis=0))
     intervals = {}
-    for name, values in _figures(resampled).items():
+    for name, values in figures_of_confusion(resampled).items():
         low, high = np.quantile(values, [tail, 1 - tail])
         if point[name] == 1:
             low = min(low, beta.ppf(tail, resting_on[name], 1))

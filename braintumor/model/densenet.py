@@ -1,7 +1,8 @@
 """DenseNet201 (Huang et al., CVPR 2017, arXiv:1608.06993) as this project trains and serves it.
 
-The saved model takes grey images, float32 or uint8 (n, size_px, size_px, 1) in 0..255, and gives probabilities
-(n, 4) in the order of CLASS_NAMES: channels, scaling and temperature are layers, so serving can't drift from training.
+The saved model takes grey images, float32 or uint8 (n, size_px, size_px, 1) in 0..255, and gives `probabilities`
+(n, 4) in the order of CLASS_NAMES and an `ood_score` (n, 1), above 1 for images unlike those of the training: channels,
+scaling, temperature and score are layers, so serving can't drift from training.
 """
 
 import os
@@ -69,17 +70,18 @@ def _holding_back_stderr() -> Iterator[None]:
 def build_classifier(params: TrainParams) -> Classifier:
     """DenseNet201 with the weights that `params.weights` names, and a new head for the four classes.
 
-    With pretrained weights every BatchNorm stays in inference mode; with 'none' all of them train.
+    By default every BatchNorm stays in inference mode with pretrained weights, and trains with 'none'.
     """
     keras = import_keras()
     keras.config.set_dtype_policy(params.precision)
     try:
         backbone = _load_backbone(params)
         is_pretrained = params.weights != "none"
+        trains = not is_pretrained if params.batch_norm == "by_weights" else params.batch_norm == "train"
         for layer in backbone.layers:
             if isinstance(layer, keras.layers.BatchNormalization):
                 # Batches are too small to estimate better statistics than the pretrained ones.
-                layer.trainable = not is_pretrained
+                layer.trainable = trains
                 layer.momentum = params.batch_norm_momentum
         network = _add_head(backbone, params)
     finally:
@@ -146,23 +148,24 @@ def _add_head(backbone: "keras.Model", params: TrainParams) -> "keras.Model":
     size = params.image_size_px
     grey = keras.Input((size, size, 1), name="image", dtype="float32")
     channels = keras.layers.Concatenate(name="channels")([grey, grey, grey])
-    scaled = keras.layers.Rescaling(
-        [1 / (255 * std) for std in IMAGENET_STD],
-        [-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)],
-        name="scaling",
-    )(channels)
-    features = keras.layers.GlobalAveragePooling2D(name="features", dtype="float32")(backbone(scaled))
+    features = keras.layers.GlobalAveragePooling2D(name="features", dtype="float32")(
+        backbone(_scaling(params)(channels))
+    )
     kept = keras.layers.Dropout(params.dropout, name="dropout", dtype="float32")(features)
     logits = keras.layers.Dense(len(CLASS_NAMES), name="logits", dtype="float32")(kept)
     return keras.Model(grey, logits, name="brain_tumor_densenet201")
 
 
-def with_temperature(network: "keras.Model", temperature: float) -> "keras.Model":
-    """The model to serve: probabilities = softmax(logits / temperature) (Guo et al., ICML 2017, arXiv:1706.04599)."""
-    keras = import_keras()
-    cooled = keras.layers.Rescaling(1 / temperature, name="temperature", dtype="float32")(network.output)
-    probabilities = keras.layers.Softmax(name="probabilities", dtype="float32")(cooled)
-    return keras.Model(network.input, probabilities, name=network.name)
+def _scaling(params: TrainParams) -> Any:
+    layers = import_keras().layers
+    if params.input_scaling == "per_image":
+        # Not the default epsilon, which would blow up the noise of a nearly black image.
+        return layers.LayerNormalization((1, 2, 3), epsilon=1.0, center=False, scale=False, name="scaling")
+    return layers.Rescaling(
+        [1 / (255 * std) for std in IMAGENET_STD],
+        [-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)],
+        name="scaling",
+    )
 
 
 def save_backbone(model: Path, output: Path) -> int:

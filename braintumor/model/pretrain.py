@@ -14,7 +14,7 @@ import pandas as pd
 from braintumor.data.sample import draw_sample
 from braintumor.labels import CLASS_NAMES
 from braintumor.model import training
-from braintumor.model.densenet import build_classifier, save_backbone, with_temperature
+from braintumor.model.densenet import build_classifier, save_backbone
 from braintumor.model.images import load_images
 from braintumor.params import TrainParams
 from braintumor.progress import Progress, note
@@ -53,7 +53,7 @@ def pretrain_sample(output: Path, params: TrainParams, progress: Progress) -> tr
         training.fine_tune(classifier, train_images, val_images, recipe, history, advance)
     output.parent.mkdir(parents=True, exist_ok=True)
     model = output.with_suffix(".keras")
-    with_temperature(classifier.network, 1.0).save(model)
+    classifier.network.save(model)
     save_backbone(model, output)
     assert history.best is not None
     return history.best

@@ -165,7 +165,8 @@ def fine_tune(
     """All kernels are trained, on augmented images; the network ends with the weights of the best epoch.
 
     `on_state` hears of the state after every epoch. With the history and the network of such a state restored, and its
-    `optimizer_state` given, the training goes on as if nothing had happened; on a CPU, to the last bit.
+    `optimizer_state` given, the training goes on as if nothing had happened; on a CPU, to the last bit. With
+    `params.ema_momentum` an epoch is judged, and kept, by the averaged weights; the training goes on with its own.
     """
     keras = import_keras()
     network = classifier.network
@@ -181,11 +182,17 @@ def fine_tune(
         def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
             advance()
 
+        def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+            if params.ema_momentum:
+                # fit() ends by overwriting them with the averages.
+                self.own_weights = [variable.numpy() for variable in network.trainable_variables]
+
+    callback = Steps()
     while history.count("fine-tuning") < params.epochs and not _has_stopped_improving(history, params):
         number = history.count("fine-tuning") + 1
         started = time.monotonic()
         batches = training_batches(train, params, epoch=number)
-        fitted = network.fit(batches, epochs=1, verbose=0, shuffle=False, callbacks=[Steps()]).history
+        fitted = network.fit(batches, epochs=1, verbose=0, shuffle=False, callbacks=[callback]).history
         logits = network.predict(val.images.astype(np.float32), batch_size=BATCH_SIZE, verbose=0)
         val_loss, val_accuracy = score_logits(logits, val.labels)
         row = Epoch(
@@ -193,6 +200,8 @@ def fine_tune(
             float(optimizer.learning_rate), time.monotonic() - started,
         )  # fmt: skip
         history.add(row, network)
+        if params.ema_momentum:
+            _assign(network.trainable_variables, callback.own_weights)
         on_state(state_of(classifier, history, optimizer))
     network.set_weights(history.best_weights)
 
@@ -257,6 +266,7 @@ def make_optimizer(params: TrainParams, total_steps: int) -> Any:
     """The optimiser with its schedule over `total_steps`; weight decay spares biases and BatchNorm."""
     keras = import_keras()
     rate: Any = params.learning_rate
+    averaging = {"use_ema": True, "ema_momentum": params.ema_momentum} if params.ema_momentum else {}
     if params.schedule == "cosine":
         # Loshchilov & Hutter, ICLR 2017, arXiv:1608.03983, with a linear warm-up.
         warmup_steps = round(total_steps * params.warmup_fraction)
@@ -269,13 +279,13 @@ def make_optimizer(params: TrainParams, total_steps: int) -> Any:
     match params.optimizer:
         case "sgd":
             optimizer = keras.optimizers.SGD(
-                rate, momentum=0.9, nesterov=True, weight_decay=params.weight_decay or None
+                rate, momentum=0.9, nesterov=True, weight_decay=params.weight_decay or None, **averaging
             )
         case "adam":
-            optimizer = keras.optimizers.Adam(rate)
+            optimizer = keras.optimizers.Adam(rate, **averaging)
         case "adamw":
             # Loshchilov & Hutter, ICLR 2019, arXiv:1711.05101.
-            optimizer = keras.optimizers.AdamW(rate, weight_decay=params.weight_decay)
+            optimizer = keras.optimizers.AdamW(rate, weight_decay=params.weight_decay, **averaging)
     if params.optimizer != "adam" and params.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     if params.precision == "mixed_float16":

@@ -14,8 +14,11 @@ FIGURES = {
     "tumour_specificity": "Specificity, tumour against none",
     "macro_auroc": "AUROC, mean of the classes",
     "tumour_auroc": "AUROC, tumour against none",
+    "copy_free_accuracy": "Accuracy on images without a copy among those used in training",
+    "ece": "Expected calibration error (0 is best)",
+    "ood_auroc": "AUROC, images unlike the training's against the test images",
     "nearest_neighbour_accuracy": "Accuracy of a pixel 1-nearest-neighbour (the floor)",
-    "statistics_accuracy": "Accuracy of brightness, contrast and border alone (the shortcut)",
+    "statistics_accuracy": "Accuracy of nine statistics of how an image was made (the shortcut)",
 }
 CLASS_FIGURES = ("recall", "specificity", "precision", "f1", "auroc")
 
@@ -38,7 +41,15 @@ def write_card(
 
 def version_tags(metrics: Mapping[str, Any], training: Mapping[str, Any], earlier_decisions: int) -> dict[str, str]:
     """The tags of a version that passed the gate: the figures with four digits, and where it comes from."""
-    figures = ("accuracy", "balanced_accuracy", "macro_f1", "tumour_sensitivity", "nearest_neighbour_accuracy")
+    figures = (
+        "accuracy",
+        "balanced_accuracy",
+        "macro_f1",
+        "tumour_sensitivity",
+        "nearest_neighbour_accuracy",
+        "ece",
+        "ood_auroc",
+    )
     low, high = metrics["accuracy_interval"]
     return {
         **{name: f"{metrics[name]:.4f}" for name in figures},
@@ -71,7 +82,7 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     level = f"{100 * metrics['confidence_level']:g} % interval" if "confidence_level" in metrics else "Interval"
     lines = [f"| Figure | Value | {level} |", "|---|---|---|"]
     for name, title in FIGURES.items():
-        if name in metrics:
+        if metrics.get(name) is not None:
             interval = metrics.get(f"{name}_interval")
             bounds = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
             lines.append(f"| {title} | {_number(metrics[name])} | {bounds} |")

@@ -1,12 +1,12 @@
 """The gate's rules: pure, they take numbers and give a verdict. Whatever is missing or not a number closes the gate."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from braintumor.labels import CLASS_NAMES
-from braintumor.params import Floor, GateParams
+from braintumor.params import Bound, GateParams
 
 # 'declared' keeps copies of training images in the test set: its figures are for comparison only.
 ALLOWED_PROTOCOLS = ("official", "grouped")
@@ -19,9 +19,18 @@ NEEDED_FIGURES = (
     "tumour_specificity",
     "nearest_neighbour_accuracy",
     "leaked_share",
+    "ece",
+    "ood_auroc",
 )
 NEEDED_CLASS_FIGURES = ("recall", "specificity", "precision", "f1")
-NEEDED_DIGESTS = ("data_md5", "splits_sha256", "model_digest", "predictions_sha256")
+NEEDED_DIGESTS = (
+    "data_md5",
+    "splits_sha256",
+    "model_digest",
+    "predictions_sha256",
+    "ood_scores_sha256",
+    "evidence_sha256",
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Decision:
 
 
 def decide(metrics: Mapping[str, Any], policy: GateParams, current_data_md5: str) -> Decision:
-    """Judge the content of a metrics.json; a figure exactly at its floor passes.
+    """Judge the content of a metrics.json; a figure exactly at its bound passes.
 
     That the figures are complete, of the current data and of an allowed protocol is always required.
     """
@@ -69,14 +78,8 @@ def decide(metrics: Mapping[str, Any], policy: GateParams, current_data_md5: str
         _complete_and_finite(metrics),
         _current_data(metrics, current_data_md5),
         _protocol_allowed(metrics),
-        _floor("min_accuracy", "accuracy", metrics.get("accuracy"), policy.min_accuracy),
-        _floor(
-            "min_tumour_sensitivity",
-            "tumour sensitivity",
-            metrics.get("tumour_sensitivity"),
-            policy.min_tumour_sensitivity,
-        ),
-        _lowest_recall(metrics, policy.min_class_recall),
+        _bound("min_accuracy", "accuracy", metrics.get("accuracy"), policy.min_accuracy),
+        *_optional_checks(metrics, policy),
     )
     return Decision(
         passed=all(check.passed for check in checks if check.required),
@@ -84,6 +87,31 @@ def decide(metrics: Mapping[str, Any], policy: GateParams, current_data_md5: str
         digests={name: _text(metrics.get(name)) for name in NEEDED_DIGESTS},
         policy=policy.model_dump(),
     )
+
+
+def _optional_checks(metrics: Mapping[str, Any], policy: GateParams) -> Iterator[Check]:
+    interval = metrics.get("accuracy_interval")
+    lowest = interval[0] if isinstance(interval, list | tuple) and interval else None
+    recall_of, recall = _lowest_recall(metrics)
+    figures = {
+        "min_accuracy_low": ("lower end of the accuracy's interval", lowest, policy.min_accuracy_low),
+        "min_copy_free_accuracy": (
+            "accuracy on copy-free test images",
+            metrics.get("copy_free_accuracy"),
+            policy.min_copy_free_accuracy,
+        ),
+        "min_tumour_sensitivity": (
+            "tumour sensitivity",
+            metrics.get("tumour_sensitivity"),
+            policy.min_tumour_sensitivity,
+        ),
+        "min_class_recall": (f"recall of {recall_of}", recall, policy.min_class_recall),
+        "max_ece": ("expected calibration error", metrics.get("ece"), policy.max_ece),
+        "min_ood_auroc": ("AUROC of images unlike the training's", metrics.get("ood_auroc"), policy.min_ood_auroc),
+    }
+    for name, (figure, value, bound) in figures.items():
+        if bound is not None:
+            yield _bound(name, figure, value, bound)
 
 
 def is_share(value: object) -> bool:
@@ -95,6 +123,7 @@ def _complete_and_finite(metrics: Mapping[str, Any]) -> Check:
     problems = [
         *(_share_problem(name, metrics.get(name)) for name in NEEDED_FIGURES),
         _interval_problem(metrics.get("accuracy_interval")),
+        _copy_free_problem(metrics),
         _count_problem("n_test", metrics.get("n_test")),
         *_class_problems(metrics.get("per_class")),
         *(f"{name} is missing" for name in NEEDED_DIGESTS if _text(metrics.get(name)) is None),
@@ -127,6 +156,13 @@ def _interval_problem(interval: object) -> str | None:
     if isinstance(interval, list | tuple) and len(interval) == 2 and all(map(is_share, interval)):
         return None if interval[0] <= interval[1] else f"accuracy_interval {interval!r} is upside down"
     return f"accuracy_interval is {interval!r}, not two numbers in 0..1"
+
+
+def _copy_free_problem(metrics: Mapping[str, Any]) -> str | None:
+    """A split may have no copy-free test image, and says so; it can't just lack the figure."""
+    if metrics.get("n_copy_free") == 0 and metrics.get("copy_free_accuracy", "") is None:
+        return None
+    return _share_problem("copy_free_accuracy", metrics.get("copy_free_accuracy"))
 
 
 def _class_problems(per_class: object) -> list[str | None]:
@@ -186,7 +222,8 @@ def _protocol_allowed(metrics: Mapping[str, Any]) -> Check:
     )
 
 
-def _lowest_recall(metrics: Mapping[str, Any], floor: Floor) -> Check:
+def _lowest_recall(metrics: Mapping[str, Any]) -> tuple[str, Any]:
+    """The class with the lowest recall, and that; or one whose recall is no number in 0..1."""
     per_class = metrics.get("per_class")
     figures = per_class if isinstance(per_class, Mapping) else {}
     recalls: dict[str, Any] = {
@@ -194,17 +231,19 @@ def _lowest_recall(metrics: Mapping[str, Any], floor: Floor) -> Check:
     }
     unusable = [name for name, recall in recalls.items() if not is_share(recall)]
     lowest = unusable[0] if unusable else min(recalls, key=lambda name: recalls[name])
-    return _floor("min_class_recall", f"recall of {lowest}", recalls[lowest], floor)
+    return lowest, recalls[lowest]
 
 
-def _floor(name: str, figure: str, value: object, floor: Floor) -> Check:
+def _bound(name: str, figure: str, value: object, bound: Bound) -> Check:
+    """The check of a figure against its bound: the highest value for a name that begins with 'max', else the lowest."""
     if not is_share(value):
-        return Check(name, None, floor.value, floor.required, False, f"{figure} is {value!r}, not a number in 0..1")
+        return Check(name, None, bound.value, bound.required, False, f"{figure} is {value!r}, not a number in 0..1")
     assert isinstance(value, int | float)
-    reached = value >= floor.value
-    relation = "reaches" if reached else "is below"
-    reason = f"{figure} {_figure(value, floor.value)} {relation} {floor.value}"
-    return Check(name, float(value), floor.value, floor.required, reached, reason)
+    is_highest = name.startswith("max_")
+    is_kept = value <= bound.value if is_highest else value >= bound.value
+    kept, broken = ("does not exceed", "exceeds") if is_highest else ("reaches", "is below")
+    reason = f"{figure} {_figure(value, bound.value)} {kept if is_kept else broken} {bound.value}"
+    return Check(name, float(value), bound.value, bound.required, is_kept, reason)
 
 
 def _figure(value: float, threshold: float) -> str:

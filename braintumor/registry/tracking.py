@@ -41,6 +41,9 @@ OUTCOME = "outcome"
 DATA_ARTIFACTS = "data"
 DATA_DOCS_PAGE = f"{DATA_ARTIFACTS}/{artifacts.DATA_DOCS}/index.html"
 PROFILE_SHA256 = "profile_sha256"
+# Among a run's artifacts: the digest of each image file that the model was trained on; a digest names no patient.
+SEEN_LIST = "training/seen_images.sha256"
+SEEN_LIST_SHA256 = "seen_images_sha256"
 
 GATE_PASSED = "gate passed"
 GATE_NOT_PASSED = "gate not passed"
@@ -326,9 +329,37 @@ def _publish_training(client: "MlflowClient", run_id: str, model: Path, training
     for name in (artifacts.LEARNING_CURVE, artifacts.HISTORY, artifacts.LABELS, artifacts.TRAINING):
         if (model / name).is_file():
             client.log_artifact(run_id, str(model / name), "training")
+    _log_seen_images(client, run_id, model / artifacts.SEEN_IMAGES)
     set_tags(client, run_id, {f"{OUTCOME}.train": "trained", OUTCOME: "trained"})
     end_run(client, client.get_run(run_id), "FINISHED")
     _mark_published(client, run_id, "training", digest)
+
+
+def _log_seen_images(client: "MlflowClient", run_id: str, file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"{file} is missing; run 'braintumor train' again")
+    digests = sorted(set(pd.read_csv(file, dtype=str)["sha256"]))
+    with tempfile.TemporaryDirectory() as scratch:
+        listed = Path(scratch) / Path(SEEN_LIST).name
+        listed.write_text("\n".join(digests) + "\n", encoding="utf-8")
+        set_tags(client, run_id, {SEEN_LIST_SHA256: sha256_of_file(listed)})
+        client.log_artifact(run_id, str(listed), str(Path(SEEN_LIST).parent))
+
+
+def seen_images(client: "MlflowClient", run_id: str, scratch: Path) -> frozenset[str]:
+    """The SHA-256 of each image file that the run's model was trained on; empty where the run keeps no list.
+
+    Raises UserError if what the store holds is not what was published.
+    """
+    run = get_run(client, run_id)
+    expected = run.data.tags.get(SEEN_LIST_SHA256) if run else None
+    folder = str(Path(SEEN_LIST).parent)
+    if expected is None or SEEN_LIST not in {file.path for file in client.list_artifacts(run_id, folder)}:
+        return frozenset()
+    file = Path(client.download_artifacts(run_id, SEEN_LIST, str(scratch)))
+    if sha256_of_file(file) != expected:
+        raise UserError(f"{SEEN_LIST} of MLflow's run {run_id} is not what was published")
+    return frozenset(file.read_text(encoding="utf-8").split())
 
 
 def _publish_evaluation(client: "MlflowClient", run_id: str, evaluation: Path, digest: str) -> None:
@@ -336,18 +367,23 @@ def _publish_evaluation(client: "MlflowClient", run_id: str, evaluation: Path, d
     metrics = read_json(file, "braintumor evaluate")
     if metrics.get(MODEL_DIGEST) != digest:
         raise UserError(f"{file} judges another model; run 'braintumor evaluate' again")
-    sha256 = sha256_of_file(file)
-    if _is_published(client, run_id, "evaluation", sha256):
+    # predictions.csv, label_errors.csv and the curves stay here: file names may tell who the patients are.
+    shown = [file, *(evaluation / name for name in (artifacts.EVIDENCE, artifacts.REPORT)), *evaluation.glob("*.png")]
+    files = sorted(path for path in shown if path.is_file())
+    digest = digest_of_files(evaluation, files)
+    if _is_published(client, run_id, "evaluation", digest):
         return
-    _log_changed(client, client.get_run(run_id), test_figures(metrics))
+    run = client.get_run(run_id)
+    _log_changed(client, run, test_figures(metrics))
     set_tags(
         client, run_id, {name: str(metrics[name]) for name in ("protocol", "claim", "test_md5") if metrics.get(name)}
     )
-    # predictions.csv stays here: its file names may tell who the patients are.
-    for path in [file, *sorted(evaluation.glob("*.png"))]:
+    # Pictures that privacy forbids by now may be among the earlier ones.
+    _delete_artifacts(client, run, "evaluation")
+    for path in files:
         client.log_artifact(run_id, str(path), "evaluation")
     set_tags(client, run_id, {f"{OUTCOME}.evaluate": "evaluated"})
-    _mark_published(client, run_id, "evaluation", sha256)
+    _mark_published(client, run_id, "evaluation", digest)
 
 
 def _publish_decision(client: "MlflowClient", run_id: str, decision: Path, digest: str) -> None:

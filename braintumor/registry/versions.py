@@ -64,6 +64,12 @@ def champion(model_name: str) -> dict[str, str | None] | None:
     }
 
 
+def run_of_version(client: "MlflowClient", model_name: str, number: str) -> tuple[str, dict[str, str]] | None:
+    """The run that a version comes from, and the version's tags; None if there is no such version."""
+    found = _by_number(client, model_name, number)
+    return None if found is None else (str(found.run_id), dict(found.tags))
+
+
 def last_accepted(model_name: str, data_md5: str) -> Accepted | None:
     """The newest data version other than `data_md5` whose model passed the gate and is registered; None if none is.
 
@@ -260,21 +266,22 @@ def _log_model(client: "MlflowClient", model: Path, run_id: str, digest: str) ->
 
 def _write_folder(model: Path, folder: Path, logged: "LoggedModel") -> None:
     """An MLflow model folder with signature and input example, around the very bytes of `model`."""
-    from braintumor.model.inference import load_classifier, predict_probabilities
+    from braintumor.model.inference import OOD_SCORE, PROBABILITIES, load_classifier, predict
 
     classifier = load_classifier(model)
     example = generated_example(int(classifier.input_shape[1]))
-    probabilities = predict_probabilities(classifier, example)
+    outputs = predict(classifier, example)
 
     import mlflow.tensorflow
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
+    float32, shape = np.dtype(np.float32), (-1, *outputs.probabilities.shape[1:])
+    given = [TensorSpec(float32, shape)]
+    if outputs.ood_scores is not None:
+        given = [TensorSpec(float32, shape, PROBABILITIES), TensorSpec(float32, (-1, 1), OOD_SCORE)]
     # Unnamed: with a name, MLflow hands a dict to Keras, and the example can't be read back.
-    signature = ModelSignature(
-        Schema([TensorSpec(np.dtype(np.uint8), (-1, *example.shape[1:]))]),
-        Schema([TensorSpec(np.dtype(np.float32), (-1, *probabilities.shape[1:]))]),
-    )
+    signature = ModelSignature(Schema([TensorSpec(np.dtype(np.uint8), (-1, *example.shape[1:]))]), Schema(given))
     mlflow.tensorflow.save_model(
         classifier,
         str(folder),

@@ -1,5 +1,6 @@
 """The step `gate`."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,22 +45,24 @@ def judge(evaluation: Path, context: Path, params: GateParams) -> Decision:
     if not isinstance(current_data_md5, str) or not current_data_md5:
         raise UserError(f"{context / artifacts.CONTEXT} has no data_md5; run 'braintumor resolve' again")
     decision = decide(metrics, params, current_data_md5)
-    untouched = _predictions_untouched(evaluation / artifacts.PREDICTIONS, decision.digests["predictions_sha256"])
+    untouched = tuple(_untouched(evaluation / name, metrics) for name in artifacts.JUDGED_FILES)
     return replace(
         decision,
-        passed=decision.passed and untouched.passed,
-        checks=(*decision.checks, untouched),
+        passed=decision.passed and all(check.passed for check in untouched),
+        checks=(*decision.checks, *untouched),
         digests=decision.digests | {"metrics_sha256": sha256_of_file(evaluation / artifacts.METRICS)},
     )
 
 
-def _predictions_untouched(path: Path, recorded: str | None) -> Check:
+def _untouched(path: Path, metrics: Mapping[str, Any]) -> Check:
+    recorded = metrics.get(f"{path.stem}_sha256")
     found = sha256_of_file(path) if path.is_file() else None
     is_untouched = found is not None and found == recorded
     if is_untouched:
-        reason = f"{path.name} is the file that the metrics were computed from"
+        reason = f"{path.name} is the file that belongs to the metrics"
     elif found is None:
         reason = f"{path} is missing; run 'braintumor evaluate' again"
     else:
-        reason = f"{path} is not the file that the metrics were computed from; run 'braintumor evaluate' again"
-    return Check("predictions_untouched", found, recorded, True, is_untouched, reason)
+        reason = f"{path} is not the file that belongs to the metrics; run 'braintumor evaluate' again"
+    shown = recorded if isinstance(recorded, str) else None
+    return Check(f"{path.stem}_untouched", found, shown, True, is_untouched, reason)

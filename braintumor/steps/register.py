@@ -12,9 +12,10 @@ from braintumor import artifacts
 from braintumor.artifacts import read_json, replacing_directory, sha256_of_file, write_json
 from braintumor.data.split_artifact import SPLIT_FACTS, MadeSplit, load_split
 from braintumor.errors import GateNotPassed, UserError
-from braintumor.evidence.metrics import compute_metrics, read_predictions
+from braintumor.evidence.metrics import compute_test_metrics
+from braintumor.evidence.predictions import read_predictions
 from braintumor.model.saved import model_digest
-from braintumor.params import EvaluateParams, Params
+from braintumor.params import Params
 from braintumor.progress import note
 from braintumor.registry import tracking
 from braintumor.registry.model_card import version_tags, write_card
@@ -110,9 +111,12 @@ def _check_evidence(
     for fact in SPLIT_FACTS:
         if fact in made.summary and metrics.get(fact) != made.summary[fact]:
             raise _stale(evaluation / artifacts.METRICS, f"its {fact} is not that of {splits}", EVALUATE)
-    predictions = read_predictions(evaluation / artifacts.PREDICTIONS)
+    predictions, ood_scores = (
+        read_predictions(evaluation / name) for name in (artifacts.PREDICTIONS, artifacts.OOD_SCORES)
+    )
     _refuse_other_images(predictions, made, evaluation / artifacts.PREDICTIONS)
-    _refuse_other_metrics(predictions, metrics, params.evaluate, evaluation / artifacts.METRICS)
+    figures = compute_test_metrics(predictions, ood_scores, params.evaluate)
+    _refuse_other_metrics(figures, metrics, evaluation / artifacts.METRICS)
     if recorded != judged.as_json():
         raise _stale(
             decision / artifacts.DECISION, "the rules, run again on the files that are here, decide otherwise", GATE
@@ -131,7 +135,6 @@ def _refuse_other_digests(
     """Every file names the same data, split, model and predictions, and they are the ones that lie here."""
     current_data_md5 = read_json(context / artifacts.CONTEXT, RESOLVE).get("data_md5")
     digest = model_digest(model / artifacts.MODEL)
-    predictions = evaluation / artifacts.PREDICTIONS
     trained, judged = model / artifacts.TRAINING, evaluation / artifacts.METRICS
     if made.data_md5 != current_data_md5:
         raise _stale(Path("the split"), f"it was made from data {made.data_md5}, not {current_data_md5}", "dvc repro")
@@ -146,21 +149,28 @@ def _refuse_other_digests(
     for file, content, name, expected, command in facts:
         if content.get(name) != expected:
             raise _stale(file, f"its {name} is {content.get(name)}, here it is {expected}", command)
-    if not predictions.is_file() or sha256_of_file(predictions) != metrics.get("predictions_sha256"):
-        raise _stale(predictions, f"{judged.name} was computed from another file", EVALUATE)
+    for file in (evaluation / name for name in artifacts.JUDGED_FILES):
+        if not file.is_file() or sha256_of_file(file) != metrics.get(f"{file.stem}_sha256"):
+            raise _stale(file, f"{judged.name} belongs to another file", EVALUATE)
 
 
 def _refuse_other_images(predictions: pd.DataFrame, made: MadeSplit, path: Path) -> None:
-    test = made.part("test")
-    expected = sorted(test[IMAGE_COLUMNS].itertuples(index=False, name=None))
-    if sorted(predictions[IMAGE_COLUMNS].itertuples(index=False, name=None)) != expected:
+    """The rows are the test images of the split, and say rightly which of them have a copy that was trained on."""
+    test = made.test_images()
+    columns = [*IMAGE_COLUMNS, "is_leaked"]
+    _refuse_missing_columns(predictions, columns, path)
+    expected = sorted(test[columns].itertuples(index=False, name=None))
+    if sorted(predictions[columns].itertuples(index=False, name=None)) != expected:
         raise _stale(path, f"its {len(predictions)} rows are not the {len(test)} test images of the split", EVALUATE)
 
 
-def _refuse_other_metrics(
-    predictions: pd.DataFrame, metrics: Mapping[str, Any], params: EvaluateParams, path: Path
-) -> None:
-    for name, value in compute_metrics(predictions, params).items():
+def _refuse_missing_columns(predictions: pd.DataFrame, columns: list[str], path: Path) -> None:
+    if missing := [column for column in columns if column not in predictions]:
+        raise _stale(path, f"it has no column {', '.join(missing)}", EVALUATE)
+
+
+def _refuse_other_metrics(figures: Mapping[str, Any], metrics: Mapping[str, Any], path: Path) -> None:
+    for name, value in figures.items():
         if not _agree(value, metrics.get(name)):
             raise _stale(path, f"its {name} is not what {artifacts.PREDICTIONS} gives", EVALUATE)
 

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from braintumor.artifacts import (
     DIFFERENCE,
     DROPPED,
+    FLOORS,
     JOINED_GROUPS,
     MANIFEST,
     SPLIT_SUMMARY,
@@ -25,8 +28,8 @@ from braintumor.data.manifest import file_md5s, list_contents, load_manifest, ve
 from braintumor.data.split_artifact import test_md5
 from braintumor.data.splits import Splits, make_splits, side_of, sizes_by_class
 from braintumor.errors import UserError, name_some
-from braintumor.evidence.neighbours import NEIGHBOUR_SIZE_PX, nearest_neighbour_accuracy
-from braintumor.evidence.statistics_floor import statistics_accuracy
+from braintumor.evidence.neighbours import NEIGHBOUR_SIZE_PX, nearest_labels
+from braintumor.evidence.statistics_floor import StatisticsFloor, statistics_floor
 from braintumor.labels import SPLIT_NAMES
 from braintumor.model.images import load_images
 from braintumor.params import SplitParams
@@ -51,7 +54,7 @@ class SplitSummary:
 def split(
     dataset: Path, validation: Path, output: Path, params: SplitParams, progress: Progress = silent
 ) -> SplitSummary:
-    """Leave splits.csv, dropped.csv, split.json and joined_groups.json in `output`.
+    """Leave splits.csv, floors.csv, dropped.csv, split.json and joined_groups.json in `output`.
 
     Raises UserError for a data set that is not the validated one.
     """
@@ -63,11 +66,18 @@ def split(
     warnings = [*splits.warnings, *(warning for group in joined for warning in _moves(group))]
     sizes = {name: int((splits.rows["split"] == name).sum()) for name in SPLIT_NAMES}
     with replacing_directory(output) as folder:
+        test = splits.rows[splits.rows["split"] == "test"]
+        by_statistics = _statistics_floor(manifest, splits.rows, params)
+        floors = test[["path"]].assign(
+            neighbour_label=_nearest_labels(dataset, splits.rows, progress), statistics_label=by_statistics.labels
+        )
+        floors.to_csv(folder / FLOORS, index=False, lineterminator="\n")
         splits.rows.to_csv(folder / SPLITS, index=False, lineterminator="\n")
         splits.dropped.to_csv(folder / DROPPED, index=False, lineterminator="\n")
         record = {
             "data_md5": data_md5,
             "splits_sha256": sha256_of_file(folder / SPLITS),
+            "floors_sha256": sha256_of_file(folder / FLOORS),
             "test_md5": test_md5(splits.rows, dict(zip(manifest["path"], manifest["md5"], strict=True))),
             "protocol": params.protocol,
             "claim": splits.claim,
@@ -78,8 +88,9 @@ def split(
             "leaked_test_images": splits.leaked_test_images,
             "leaked_share": splits.leaked_share,
             "declared_leaked_share": measure_leakage(manifest)["leaked_share"],
-            "nearest_neighbour_accuracy": _nearest_neighbour_floor(dataset, splits.rows, progress),
-            "statistics_accuracy": _statistics_floor(manifest, splits.rows, params),
+            "nearest_neighbour_accuracy": float((floors["neighbour_label"] == test["label"]).mean()),
+            "statistics_accuracy": float((floors["statistics_label"] == test["label"]).mean()),
+            "statistics_importances": by_statistics.importances,
             "max_share_deviation_seen": splits.max_share_deviation,
             "warnings": splits.warnings,
         }
@@ -113,20 +124,17 @@ def _refuse_changed_files(dataset: Path, validation: Path, manifest: pd.DataFram
     )
 
 
-def _nearest_neighbour_floor(dataset: Path, rows: pd.DataFrame, progress: Progress) -> float:
+def _nearest_labels(dataset: Path, rows: pd.DataFrame, progress: Progress) -> NDArray[np.str_]:
     advance = progress("split: nearest neighbours", len(rows))
     images = load_images(dataset, rows["path"].tolist(), NEIGHBOUR_SIZE_PX, advance)
     is_test = (rows["split"] == "test").to_numpy()
-    labels = rows["label"].to_numpy(dtype=str)
-    return nearest_neighbour_accuracy(
-        images[~is_test], labels[~is_test].tolist(), images[is_test], labels[is_test].tolist()
-    )
+    return nearest_labels(images[~is_test], rows.loc[~is_test, "label"].tolist(), images[is_test])
 
 
-def _statistics_floor(manifest: pd.DataFrame, rows: pd.DataFrame, params: SplitParams) -> float:
+def _statistics_floor(manifest: pd.DataFrame, rows: pd.DataFrame, params: SplitParams) -> StatisticsFloor:
     images = manifest.set_index("path").loc[rows["path"]].assign(split=rows["split"].to_numpy())
     is_test = images["split"] == "test"
-    return statistics_accuracy(images[~is_test], images[is_test], params.seed)
+    return statistics_floor(images[~is_test], images[is_test], params.seed)
 
 
 def _joined_groups(

@@ -5,6 +5,7 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -13,16 +14,22 @@ from braintumor import artifacts
 from braintumor.data.dvc_remote import open_dataset
 from braintumor.data.split_artifact import MadeSplit, load_split, refuse_other_data
 from braintumor.evidence.plots import plot_learning_curve
+from braintumor.evidence.predictions import make_predictions, write_table
 from braintumor.labels import CLASS_NAMES
 from braintumor.model import training
 from braintumor.model.checkpoints import Checkpoints, checkpoint_address, training_key
-from braintumor.model.densenet import Classifier, build_classifier, weights_digest, with_temperature
+from braintumor.model.densenet import Classifier, build_classifier, weights_digest
 from braintumor.model.images import load_images
-from braintumor.model.inference import BATCH_SIZE
+from braintumor.model.inference import BATCH_SIZE, predict
+from braintumor.model.ood import fit_ood_score
 from braintumor.model.saved import model_digest
+from braintumor.model.servable import servable, temperature_of
 from braintumor.params import Params
 from braintumor.progress import Progress, note, silent
 from braintumor.registry import tracking
+
+if TYPE_CHECKING:
+    import keras
 
 USED_SPLITS = ("train", "val", "calibration")
 
@@ -45,7 +52,10 @@ class TrainingSummary:
 def train(
     dataset: Path, splits: Path, output: Path, params: Params, progress: Progress = silent, *, image: str = ""
 ) -> TrainingSummary:
-    """DenseNet201 is fine-tuned on the split's images; the best epoch is kept, with its temperature.
+    """DenseNet201 is fine-tuned on the split's images; the best epoch is kept.
+
+    Temperature and out-of-distribution threshold of the saved model are fitted on the calibration images, whose
+    predictions stand in calibration.csv.
 
     The model is written before MLflow is asked to keep it: a server that is down costs a warning, not the training.
     A training that was broken off goes on after its last epoch, if it ran in this container `image` (with its digest).
@@ -66,9 +76,10 @@ def train(
     with tracking.training_run(params, made.data_md5) as run:
         history = training.History(on_epoch=run.log_epoch)
         resumed_after = _fit(classifier, images, params, history, checkpoints, progress)
-        temperature = _fit_temperature(classifier, images["calibration"])
+        model = _finish(classifier, images, params)
+        calibration = _predictions(model, made.part("calibration"), images["calibration"])
         summary = _save(
-            classifier, history, temperature, made, seen, weights_sha256, key, output, params, started, resumed_after,
+            model, history, calibration, made, seen, weights_sha256, key, output, params, started, resumed_after,
             run.run_id,
         )  # fmt: skip
     # Elsewhere the model may yet be lost with its pod: evaluate, which has it in hand, clears there.
@@ -118,15 +129,25 @@ def _fit(
     return resumed_after
 
 
-def _fit_temperature(classifier: Classifier, calibration: training.LabelledImages) -> float:
-    logits = classifier.network.predict(calibration.images.astype(np.float32), batch_size=BATCH_SIZE, verbose=0)
-    return training.fit_temperature(logits, calibration.labels)
+def _finish(classifier: Classifier, images: dict[str, training.LabelledImages], params: Params) -> "keras.Model":
+    """The model to serve, with temperature and out-of-distribution score fitted to the network of the best epoch."""
+    network, train, calibration = classifier.network, images["train"], images["calibration"]
+    logits = network.predict(calibration.images, batch_size=BATCH_SIZE, verbose=0)
+    head = fit_ood_score(
+        network, train.images, train.labels, calibration.images, params.train.ood_alarm_share, params.train.seed
+    )
+    return servable(network, training.fit_temperature(logits, calibration.labels), head)
+
+
+def _predictions(model: "keras.Model", rows: pd.DataFrame, images: training.LabelledImages) -> pd.DataFrame:
+    outputs = predict(model, images.images)
+    return make_predictions(rows, outputs.probabilities, outputs.ood_scores)
 
 
 def _save(
-    classifier: Classifier,
+    model: "keras.Model",
     history: training.History,
-    temperature: float,
+    calibration: pd.DataFrame,
     made: MadeSplit,
     seen: pd.DataFrame,
     weights_sha256: str | None,
@@ -139,14 +160,15 @@ def _save(
 ) -> TrainingSummary:
     assert history.best is not None
     with artifacts.replacing_directory(output) as folder:
-        with_temperature(classifier.network, temperature).save(folder / artifacts.MODEL)
+        model.save(folder / artifacts.MODEL)
+        write_table(calibration, folder / artifacts.CALIBRATION)
         summary = TrainingSummary(
             model_digest=model_digest(folder / artifacts.MODEL),
             epochs_run=len(history.epochs),
             best_epoch=history.best.epoch,
             best_val_loss=history.best.val_loss,
             best_val_accuracy=history.best.val_accuracy,
-            temperature=temperature,
+            temperature=temperature_of(model),
             seconds=round(time.monotonic() - started, 1),
             resumed_after_epoch=resumed_after,
             mlflow_run_id=run_id,
@@ -157,6 +179,7 @@ def _save(
             | {
                 "data_md5": made.data_md5,
                 "splits_sha256": made.sha256,
+                "calibration_sha256": artifacts.sha256_of_file(folder / artifacts.CALIBRATION),
                 "params": params.train.model_dump(),
                 "git_commit": git_commit(),
                 "weights_sha256": weights_sha256,

@@ -97,7 +97,7 @@ def write_params(path: Path, **sections: dict[str, Any]) -> Path:
             "optimizer": "sgd",
             "weights": str(ROOT / "weights/densenet201-phantoms.weights.h5"),
         },
-        "evaluate": {"bootstrap_samples": 200},
+        "evaluate": {"bootstrap_samples": 200, "ood_probes": 8, "robustness_images": 8, "gallery_images": 2},
         # What is tested is how the steps work together, not how good a network is after a minute.
         "gate": {"min_accuracy": {"value": 0.25, "required": True}},
     }

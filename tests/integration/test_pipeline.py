@@ -50,13 +50,15 @@ def test_whole_run_ends_with_a_challenger_that_gives_the_same_probabilities(
         ended = braintumor("predict", data / "test", "--json", *source)
         assert ended.code == 0, ended.err
         found = [json.loads(line) for line in ended.out.splitlines()]
-        assert {tuple(one) for one in found} == {("path", "label", "probabilities")}
+        assert {tuple(one) for one in found} == {("path", "label", "probabilities", "ood_score", "is_unlike_training")}
         by_path = {str(Path(one["path"]).relative_to(data)): one for one in found}
         for row in tested.to_dict("records"):
             one = by_path[row["path"]]
             assert one["label"] == row["predicted"]
             expected = [row[f"probability_{name}"] for name in CLASS_NAMES]
             np.testing.assert_allclose([one["probabilities"][name] for name in CLASS_NAMES], expected, atol=2e-6)
+            assert one["ood_score"] == pytest.approx(row["ood_score"], rel=1e-4)
+            assert one["is_unlike_training"] is (one["ood_score"] > 1)
 
     ended = braintumor("summary")
     assert "brain-tumor-phantoms version 1 (challenger)" in ended.out

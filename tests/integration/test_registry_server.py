@@ -136,10 +136,12 @@ def test_a_version_comes_back_over_http_with_equal_probabilities(
 
     uri = f"models:/{NAME}@champion"
     keras_model = mlflow.tensorflow.load_model(uri)
-    np.testing.assert_allclose(keras_model.predict(images, verbose=0), expected, atol=1e-6)
+    np.testing.assert_allclose(keras_model.predict(images, verbose=0)["probabilities"], expected, atol=1e-6)
     # As a serving container does it, and with the signature enforced.
     served = mlflow.pyfunc.load_model(uri)
-    np.testing.assert_allclose(served.predict(images), expected, atol=1e-6)
+    answer = served.predict(images)
+    np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-6)
+    assert answer["ood_score"].shape == (8, 1)
     with pytest.raises(mlflow.MlflowException):
         served.predict(images.astype(np.float64) / 255)
     assert np.asarray(served.input_example).shape == (1, 32, 32, 1)

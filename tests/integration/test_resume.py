@@ -111,8 +111,10 @@ def workplace(
     ]
     (root / "split").mkdir()
     pd.DataFrame(rows).to_csv(root / "split/splits.csv", index=False)
-    facts = {"data_md5": dataset_md5(data), "splits_sha256": sha256_of_file(root / "split/splits.csv")}
-    write_json(root / "split/split.json", dict.fromkeys(SPLIT_FACTS, "") | facts | {"protocol": "official"})
+    (root / "split/floors.csv").write_text("path,neighbour_label,statistics_label\n")
+    digests = {f"{name}_sha256": sha256_of_file(root / f"split/{name}.csv") for name in ("splits", "floors")}
+    facts = {"data_md5": dataset_md5(data), "protocol": "official", "statistics_importances": {}, **digests}
+    write_json(root / "split/split.json", dict.fromkeys(SPLIT_FACTS, "") | facts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")

@@ -50,6 +50,8 @@ def test_every_committed_file_is_complete(path: Path) -> None:
         ("train", {"optimizer": "adam"}, "set weight_decay to 0"),
         ("train", {"weights": "none", "epochs": 0}, "there is no head phase"),
         ("train", {"head_epochs": 0, "epochs": 0}, "nothing would be trained"),
+        ("train", {"weights": "none", "batch_norm": "inference"}, "needs pretrained weights"),
+        ("train", {"ema_momentum": 1.0}, "train.ema_momentum is 1.0"),
     ],
 )
 def test_wrong_key_or_value_is_named_with_its_section(

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from braintumor.errors import UserError
 from braintumor.labels import CLASS_NAMES
-from braintumor.predict import Prediction, model_file, predict_files, show
+from braintumor.predict import OVERLAY_PX, Prediction, explain_files, model_file, predict_files, show
 
 
 @pytest.fixture
@@ -52,7 +53,54 @@ def test_file_names_are_shown_as_they_are(name: str, capsys: pytest.CaptureFixtu
         "path": name,
         "label": "glioma",
         "probabilities": dict.fromkeys(CLASS_NAMES, 0.25),
+        "ood_score": None,
+        "is_unlike_training": None,
     }
+
+
+def test_score_tells_which_images_are_unlike_the_training(
+    slices: Path, tiny_models: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The score of this model is the brightness of its image, of 1.
+    predictions, _ = predict_files(tiny_models[0], [slices / "b.png"])
+    assert predictions[0].ood_score == pytest.approx(10 / 255 * 3 / 4, abs=0.01)
+    assert predictions[0].is_unlike_training is False
+    unlike = Prediction("far.png", "glioma", dict.fromkeys(CLASS_NAMES, 0.25), 1.25, True)
+    show([predictions[0], unlike], as_json=False)
+    told = capsys.readouterr().out
+    assert "yes (1.25)" in told
+    assert "no (0.0" in told
+    show([unlike], as_json=True)
+    assert json.loads(capsys.readouterr().out)["is_unlike_training"] is True
+
+
+def test_each_image_is_explained_beside_its_heat_map(slices: Path, tiny_models: list[Path], tmp_path: Path) -> None:
+    output = tmp_path / "explained"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    (slices / "torn.png").write_bytes((slices / "b.png").read_bytes()[:40])
+    (slices / "deep" / "b.png").write_bytes((slices / "a.jpg").read_bytes())
+    written = explain_files(tiny_models[0], [slices], output)
+    readable, _ = predict_files(tiny_models[0], [slices])
+    stems = [file.name.rsplit("-", 1)[0] for file in written]
+    assert stems == [Path(one.path).stem for one in readable] == ["a", "b", "b", "c"]
+    assert sorted(output.iterdir()) == sorted({*written, output / "notes.txt"})
+    assert len(set(written)) == 4
+    for file, value in zip(written, (200, 10, 200, 90), strict=True):
+        with Image.open(file) as picture:
+            assert picture.format == "PNG"
+            assert picture.width == 2 * OVERLAY_PX
+            assert np.asarray(picture)[OVERLAY_PX // 2, OVERLAY_PX // 2] == pytest.approx(value, abs=3)
+    before = [file.read_bytes() for file in written]
+    assert explain_files(tiny_models[0], [slices], output) == written
+    assert [file.read_bytes() for file in written] == before
+    # Another model says something else of the same image.
+    assert not set(explain_files(tiny_models[1], [slices], output)) & set(written)
+
+
+def test_a_folder_that_can_not_be_made_is_refused(slices: Path, tiny_models: list[Path]) -> None:
+    with pytest.raises(UserError, match="can't be written"):
+        explain_files(tiny_models[0], [slices], slices / "notes.txt")
 
 
 def test_probabilities_do_not_depend_on_the_company(slices: Path, tiny_models: list[Path]) -> None:

@@ -31,7 +31,7 @@ def build(tmp_path: Path) -> Path:
     metrics = {
         "model_digest": MODEL, "splits_sha256": SPLITS, "accuracy": 0.9783, "accuracy_interval": [0.953, 0.996],
         "confidence_level": 0.95, "n_test": 230, "n_groups": 132, "tumour_sensitivity": 0.99,
-        "tumour_specificity": 0.97,
+        "tumour_specificity": 0.97, "ece": 0.0214, "ood_auroc": 0.98765,
     }  # fmt: skip
     write_json(tmp_path / "evaluation/metrics.json", metrics)
     decide(tmp_path, passed=True)
@@ -58,6 +58,7 @@ def test_whole_run_is_told_in_one_table(build: Path) -> None:
     assert told["copies"].startswith("22; 25.0% of the declared test images")
     assert told["split"] == "489 train, 91 val, 71 calibration, 230 test (official; patient-disjoint)"
     assert told["training"].startswith("22 epochs in 90 s, kept epoch 21")
+    assert told["confidence"].startswith("calibration error 2.1%;") and told["confidence"].endswith("of 0.988")
     assert told["floors"].startswith("27.8% by the nearest neighbour, 31.2% by")
     assert told["test set"] == "used for 2 earlier decisions"
     assert told["test accuracy"].startswith("97.83%  (95% interval 95.3% to 99.6%, 230 images")

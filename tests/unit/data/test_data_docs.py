@@ -227,7 +227,7 @@ def test_the_same_images_give_the_same_pages(write: Write) -> None:
 
 def test_a_data_set_without_images_has_its_pages(tmp_path: Path, dataset: Path, params: Params) -> None:
     images = survey(dataset, 1, 0.88).images.head(0)
-    nothing = Survey(images, Contents([], [], [], []), "a" * 32)
+    nothing = Survey(images, Contents([], [], [], [], []), "a" * 32)
     kinds = odd_kinds(images, params.validation)
     (tmp_path / "docs").mkdir()
     write_data_docs(tmp_path / "docs", dataset, nothing, measure_leakage(images), [], kinds, None, params)

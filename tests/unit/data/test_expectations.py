@@ -64,7 +64,7 @@ def make_survey(**changes: Any) -> Survey:
     for column, value in changes.items():
         images.loc[0, column] = value
     paths = images["path"].tolist()
-    return Survey(images, Contents(images=paths, misplaced=[], ignored=[], versioned=paths), "0" * 32)
+    return Survey(images, Contents(images=paths, masks=[], misplaced=[], ignored=[], versioned=paths), "0" * 32)
 
 
 Check = Callable[..., dict[str, Finding]]

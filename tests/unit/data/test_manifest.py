@@ -115,6 +115,17 @@ def test_files_are_told_apart_by_what_they_are(dataset: Path) -> None:
     assert len(contents.versioned) == 3 + 4 + 5 + 1
 
 
+def test_masks_of_lesions_are_no_images_and_a_mask_of_nothing_is_misplaced(dataset: Path) -> None:
+    for name in ("train/glioma/a.png", "test/pituitary/c.png", "train/glioma/gone.png", "glioma/a.png"):
+        write_image(dataset / "masks" / name)
+    contents = list_contents(dataset)
+    assert contents.images == ["test/pituitary/c.PNG", "train/glioma/a.png", "train/notumor/b.jpg"]
+    assert contents.masks == ["masks/test/pituitary/c.png", "masks/train/glioma/a.png"]
+    assert contents.misplaced == ["masks/glioma/a.png", "masks/train/glioma/gone.png"]
+    assert contents.ignored == []
+    assert len(contents.versioned) == 3 + 4
+
+
 def test_patients_come_from_groups_csv(dataset: Path) -> None:
     (dataset / "groups.csv").write_text("patient,path\np7,train/glioma/a.png\n,train/notumor/b.jpg\n")
     patients = by_path(survey(dataset, 1, 0.9).images)["patient"]

@@ -14,6 +14,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from braintumor.artifacts import GROUPS_FILE
 from braintumor.data import sample
+from braintumor.data.manifest import list_contents
+from braintumor.data.masks import load_masks, mask_path
 from braintumor.data.sample import Phantom, draw_patient, draw_sample
 from braintumor.errors import UserError
 from braintumor.labels import CLASS_NAMES
@@ -206,6 +208,16 @@ def test_layout_names_and_groups_agree(small_sample: Path) -> None:
         assert (image.mode, image.size, image.format) == ("L", (48, 48), "JPEG")
 
 
+def test_groups_name_the_plane_that_each_phantom_was_cut_in(small_sample: Path) -> None:
+    with (small_sample / GROUPS_FILE).open(newline="") as file:
+        for row in csv.DictReader(file):
+            matched = re.search(r"/(\w+)-p0*(\d+)-s(\d)", row["path"])
+            assert matched
+            label, patient, number = matched.groups()
+            drawn = draw_patient(int(patient), label, seed=5, size_px=48)[int(number) - 1]
+            assert row["plane"] == drawn.plane
+
+
 def test_no_patient_is_on_both_sides(small_sample: Path) -> None:
     sides: dict[str, set[str]] = {"train": set(), "test": set()}
     for path, patient in groups_of(small_sample).items():
@@ -214,16 +226,28 @@ def test_no_patient_is_on_both_sides(small_sample: Path) -> None:
     assert not sides["train"] & sides["test"]
 
 
-def test_masks_stand_beside_the_sample_in_the_same_layout(small_sample: Path) -> None:
-    masks = small_sample.with_name("phantoms-masks")
-    assert images_of(masks, ".png") == [path.replace(".jpg", ".png") for path in images_of(small_sample)]
-    for path in images_of(masks, ".png"):
-        with Image.open(masks / path) as mask:
-            assert set(np.unique(np.asarray(mask))) == ({0} if "/notumor/" in path else {0, 255})
+def test_every_lesion_of_the_test_images_has_a_mask_and_nothing_else_has(small_sample: Path) -> None:
+    contents = list_contents(small_sample)
+    lesions = [path for path in contents.images if path.startswith("test/") and "/notumor/" not in path]
+    assert contents.masks == sorted(mask_path(path) for path in lesions)
+    assert contents.misplaced == contents.ignored == []
+    for path in contents.masks:
+        with Image.open(small_sample / path) as mask:
+            assert mask.size == (48, 48)
+            assert set(np.unique(np.asarray(mask))) == {0, 255}
+
+
+def test_masks_lie_where_the_lesion_is(small_sample: Path) -> None:
+    paths = [path for path in images_of(small_sample) if path.startswith("test/meningioma/")]
+    masks = load_masks(small_sample, paths, 48)
+    patient = int(groups_of(small_sample)[paths[0]][1:])
+    drawn = draw_patient(patient, "meningioma", seed=5, size_px=48)
+    assert sorted(masks) == list(range(len(paths)))
+    np.testing.assert_array_equal(masks[0], drawn[0].lesion)
 
 
 def test_nothing_but_the_sample_is_left_beside_it(small_sample: Path) -> None:
-    assert sorted(path.name for path in small_sample.parent.iterdir()) == ["phantoms", "phantoms-masks"]
+    assert [path.name for path in small_sample.parent.iterdir()] == ["phantoms"]
 
 
 def test_the_sample_is_the_same_twice_and_its_summary_counts_it(small_sample: Path, tmp_path: Path) -> None:
@@ -244,24 +268,20 @@ def test_the_sample_is_the_same_twice_and_its_summary_counts_it(small_sample: Pa
     assert images_of(tmp_path / "again") == images_of(small_sample)
     for path in [*images_of(small_sample), GROUPS_FILE]:
         assert (tmp_path / "again" / path).read_bytes() == (small_sample / path).read_bytes()
-    assert summary.masks is None
+    assert summary.masks == 0
     assert summary.patients == 20
     assert summary.images == sum(summary.images_per_class.values()) == len(images_of(small_sample))
-    assert summary.bytes == sum(path.stat().st_size for path in small_sample.rglob("*") if path.is_file())
+    assert summary.bytes == sum(path.stat().st_size for path in (tmp_path / "again").rglob("*") if path.is_file())
     assert heard == [("sample: drawing patients", 20)] * 20
 
 
-@pytest.mark.parametrize("occupied", ["phantoms", "phantoms-masks"])
-def test_occupied_folder_is_refused_and_left_untouched(tmp_path: Path, occupied: str) -> None:
-    (tmp_path / occupied).mkdir()
-    (tmp_path / occupied / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=occupied):
+def test_occupied_folder_is_refused_and_left_untouched(tmp_path: Path) -> None:
+    (tmp_path / "phantoms").mkdir()
+    (tmp_path / "phantoms" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="phantoms"):
         draw_sample(tmp_path / "phantoms", {"train": 1, "test": 1}, size_px=48, with_masks=True, processes=1)
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
-        occupied,
-        f"{occupied}/notes.txt",
-    ]
-    assert (tmp_path / occupied / "notes.txt").read_text() == "mine"
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["phantoms", "phantoms/notes.txt"]
+    assert (tmp_path / "phantoms" / "notes.txt").read_text() == "mine"
 
 
 def test_interrupted_drawing_leaves_nothing(tmp_path: Path) -> None:

@@ -221,6 +221,7 @@ def test_other_planes_have_the_top_above(tmp_path: Path, plane: str, shape: tupl
     brightest = middle(picture, lambda grey: grey >= (230 if spot == "right" else 150))
     # The patient's right (coronal) and front (sagittal) are on the left.
     assert brightest[1] < 0.4
+    assert groups(work)["plane"].tolist() == [plane]
 
 
 def test_dicom_and_nifti_give_the_same_slices_however_they_are_stored(tmp_path: Path) -> None:
@@ -832,7 +833,12 @@ def test_groups_of_the_source_are_kept_and_name_volumes(tmp_path: Path) -> None:
     )
     work, _ = convert(source, SliceRule(slices_per_volume=1))
     rows = groups(work)
-    assert list(rows.columns) == ["path", "patient", "origin"]
+    assert list(rows.columns) == ["path", "patient", "origin", "plane"]
+    assert dict(zip(rows["path"], rows["plane"], strict=True))["glioma/p.png"] == ""
+    is_slice = rows["path"] != "glioma/p.png"
+    assert all(
+        plane in path for path, plane in zip(rows.loc[is_slice, "path"], rows.loc[is_slice, "plane"], strict=True)
+    )
     assert sorted(zip(rows["patient"], rows["origin"], strict=True))[:3] == [("P1", ""), ("P1", "phantom"), ("P2", "")]
     # The other series carries the same PatientID: it is of the person whom the row of the first one names.
     assert rows.loc[rows["path"].str.startswith("pituitary"), "patient"].item() == "P2"

@@ -10,11 +10,14 @@ from scipy.stats import norm
 from sklearn import metrics as reference
 
 from braintumor.errors import UserError
-from braintumor.evidence.metrics import PROBABILITY_COLUMNS, compute_metrics, make_predictions, read_predictions
+from braintumor.evidence.metrics import compute_metrics, compute_test_metrics
+from braintumor.evidence.predictions import PROBABILITY_COLUMNS, make_predictions, read_predictions, write_table
 from braintumor.labels import CLASS_NAMES
-from braintumor.params import EvaluateParams
+from braintumor.params import load_params
 
-PARAMS = EvaluateParams(bootstrap_samples=400, confidence_level=0.95, seed=0)
+PARAMS = load_params(Path(__file__).parents[3] / "params.yaml").evaluate.model_copy(
+    update={"bootstrap_samples": 400, "seed": 0}
+)
 
 
 def predictions(n: int = 200, seed: int = 0, skill: float = 2.0, group_size: int = 1) -> pd.DataFrame:
@@ -164,3 +167,72 @@ def test_file_that_is_no_table_of_predictions_is_refused(tmp_path: Path) -> None
     (tmp_path / "p.csv").write_text("path,probability_glioma\na,many\n")
     with pytest.raises(UserError, match="not a table"):
         read_predictions(tmp_path / "p.csv")
+
+
+def scored(n: int = 200, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Predictions of test images with what the split knows of them, every fourth leaked, and scores of others."""
+    random = np.random.default_rng(seed)
+    rows = predictions(n, seed).assign(
+        ood_score=random.uniform(0, 1.2, n),
+        is_leaked=np.arange(n) % 4 == 1,
+        is_declared_copy=False,
+        neighbour_label="glioma",
+        statistics_label="glioma",
+    )
+    return rows, pd.DataFrame({"kind": ["noise"] * 20 + ["turned"] * 10, "ood_score": random.uniform(0.8, 3, 30)})
+
+
+def test_figures_of_copies_and_of_other_images_agree_with_their_definition() -> None:
+    rows, others = scored()
+    found = compute_test_metrics(rows, others, PARAMS)
+    free = rows[~rows["is_leaked"]]
+    assert found["n_copy_free"] == len(free) == 150
+    assert found["copy_free_accuracy"] == pytest.approx((free["label"] == free["predicted"]).mean())
+    low, high = found["copy_free_accuracy_interval"]
+    assert low < found["copy_free_accuracy"] < high
+    areas = [
+        reference.roc_auc_score(
+            np.repeat([0, 1], [len(rows), len(kind)]), np.concatenate([rows["ood_score"], kind["ood_score"]])
+        )
+        for _, kind in others.groupby("kind")
+    ]
+    assert found["ood_auroc"] == pytest.approx(np.mean(areas))
+    assert found["ood_flagged_share"] == pytest.approx((rows["ood_score"] > 1).mean())
+    assert compute_test_metrics(rows.sample(frac=1, random_state=3), others[::-1], PARAMS) == found
+
+
+def test_nothing_is_said_of_copy_free_images_where_there_are_none() -> None:
+    rows, others = scored()
+    found = compute_test_metrics(rows.assign(is_leaked=True), others, PARAMS)
+    assert (found["n_copy_free"], found["copy_free_accuracy"], found["copy_free_accuracy_interval"]) == (0, None, None)
+
+
+@pytest.mark.parametrize("harm", ["nan", "infinite", "no others", "no column", "no kind"])
+def test_scores_that_are_missing_or_not_finite_are_refused(harm: str) -> None:
+    rows, others = scored()
+    match harm:
+        case "nan":
+            rows.loc[3, "ood_score"] = np.nan
+        case "infinite":
+            others.loc[3, "ood_score"] = np.inf
+        case "no others":
+            others = others[:0]
+        case "no column":
+            rows = rows.drop(columns="is_leaked")
+        case "no kind":
+            others = others.drop(columns="kind")
+    with pytest.raises(UserError, match="braintumor evaluate"):
+        compute_test_metrics(rows, others, PARAMS)
+
+
+def test_scores_read_back_give_the_same_figures(tmp_path: Path) -> None:
+    rows, others = scored()
+    for table, name in ((rows, "predictions.csv"), (others, "ood_scores.csv")):
+        write_table(table, tmp_path / name)
+    once = [read_predictions(tmp_path / name) for name in ("predictions.csv", "ood_scores.csv")]
+    found = compute_test_metrics(*once, PARAMS)
+    for table, name in zip(once, ("predictions.csv", "ood_scores.csv"), strict=True):
+        write_table(table, tmp_path / name)
+    again = [read_predictions(tmp_path / name) for name in ("predictions.csv", "ood_scores.csv")]
+    assert compute_test_metrics(*again, PARAMS) == found
+    assert once[0]["is_leaked"].dtype == bool and once[0]["is_leaked"].sum() == 50

@@ -5,22 +5,21 @@ import pandas as pd
 from PIL import Image
 
 from braintumor.evidence import plots
-from braintumor.evidence.metrics import compute_metrics, make_predictions
+from braintumor.evidence.metrics import compute_metrics
+from braintumor.evidence.predictions import make_predictions
 from braintumor.labels import CLASS_NAMES
 from braintumor.params import EvaluateParams
 
 
-def evaluation() -> tuple[pd.DataFrame, dict[str, object]]:
+def evaluation(params: EvaluateParams) -> tuple[pd.DataFrame, dict[str, object]]:
     probabilities = np.random.default_rng(0).dirichlet(np.ones(4), 80).astype(np.float32)
     rows = pd.DataFrame({"path": [f"{i:03d}.jpg" for i in range(80)], "label": CLASS_NAMES * 20, "group": range(80)})
     predictions = make_predictions(rows, probabilities)
-    return predictions, compute_metrics(
-        predictions, EvaluateParams(bootstrap_samples=100, confidence_level=0.95, seed=0)
-    )
+    return predictions, compute_metrics(predictions, params)
 
 
-def draw_all(folder: Path) -> list[bytes]:
-    predictions, metrics = evaluation()
+def draw_all(folder: Path, params: EvaluateParams) -> list[bytes]:
+    predictions, metrics = evaluation(params)
     rows = [
         {
             "epoch": n,
@@ -39,10 +38,10 @@ def draw_all(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
-def test_same_figures_give_the_same_files_and_no_plot_is_blank(tmp_path: Path) -> None:
+def test_same_figures_give_the_same_files_and_no_plot_is_blank(tmp_path: Path, evaluate_params: EvaluateParams) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    assert draw_all(tmp_path / "one") == draw_all(tmp_path / "two")
+    assert draw_all(tmp_path / "one", evaluate_params) == draw_all(tmp_path / "two", evaluate_params)
     for path in (tmp_path / "one").iterdir():
         with Image.open(path) as image:
             assert min(image.size) >= 350

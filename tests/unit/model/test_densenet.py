@@ -1,6 +1,7 @@
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from braintumor.model.densenet import (
     build_classifier,
     import_keras,
     save_backbone,
-    with_temperature,
 )
-from braintumor.model.inference import load_classifier, predict_probabilities
+from braintumor.model.inference import OOD_SCORE, PROBABILITIES, load_classifier, predict, predict_probabilities
+from braintumor.model.ood import feature_tensor, fit_ood_head
 from braintumor.model.saved import model_digest
+from braintumor.model.servable import servable, temperature_of
 from braintumor.params import Params
 
 
@@ -26,10 +28,17 @@ def classifier(recipe: Params) -> Classifier:
     return build_classifier(recipe.train)
 
 
+def finished(classifier: Classifier, temperature: float) -> Any:
+    """The classifier as it is saved, its score fitted on random numbers."""
+    features = np.random.default_rng(4).normal(size=(60, feature_tensor(classifier.network).shape[-1]))
+    head = fit_ood_head(features[:40], np.arange(40) % 4, features[40:], 0.05)
+    return servable(classifier.network, temperature, head)
+
+
 @pytest.fixture(scope="module")
 def saved(classifier: Classifier, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model.keras"
-    with_temperature(classifier.network, 2.0).save(path)
+    finished(classifier, 2.0).save(path)
     return path
 
 
@@ -63,11 +72,31 @@ def test_scaling_is_that_of_imagenet(classifier: Classifier) -> None:
     np.testing.assert_allclose(np.asarray(scaled(image))[0, 0, 0], expected, rtol=1e-5)
 
 
+def test_scaling_of_each_image_by_itself_is_a_layer_that_needs_no_code_of_ours(recipe: Params, tmp_path: Path) -> None:
+    keras = import_keras()
+    built = build_classifier(recipe.train.model_copy(update={"input_scaling": "per_image"}))
+    network = keras.Model(built.network.input, built.network.get_layer("scaling").output)
+    network.save(tmp_path / "scaling.keras")
+    images = some_images(3).astype(np.float32)
+    images[1] = images[1] * 0.3 + 40
+    images[2] = 0
+    scaled = np.asarray(keras.models.load_model(tmp_path / "scaling.keras")(images))
+    assert scaled.shape == (3, 32, 32, 3)
+    np.testing.assert_allclose(scaled.mean(axis=(1, 2, 3)), 0, atol=1e-4)
+    np.testing.assert_allclose(scaled[:2].std(axis=(1, 2, 3)), 1, atol=1e-2)
+    # Whatever the brightness and the contrast; and nothing is divided by 0.
+    again = np.asarray(network(images * 0.5 + 60))
+    np.testing.assert_allclose(again[:2], scaled[:2], atol=1e-2)
+    assert (scaled[2] == 0).all()
+
+
 def test_batch_norm_trains_from_scratch_and_rests_with_pretrained_weights(
     recipe: Params, classifier: Classifier, backbone_file: Path
 ) -> None:
     keras = import_keras()
-    fine_tuned = build_classifier(recipe.train.model_copy(update={"weights": str(backbone_file)}))
+    pretrained = recipe.train.model_copy(update={"weights": str(backbone_file)})
+    fine_tuned = build_classifier(pretrained)
+    asked = build_classifier(pretrained.model_copy(update={"batch_norm": "train"}))
 
     def batch_norms(built: Classifier) -> set[bool]:
         return {
@@ -76,6 +105,7 @@ def test_batch_norm_trains_from_scratch_and_rests_with_pretrained_weights(
 
     assert batch_norms(classifier) == {True}
     assert batch_norms(fine_tuned) == {False}
+    assert batch_norms(asked) == {True}
 
 
 def test_temperature_divides_the_logits(classifier: Classifier, saved: Path) -> None:
@@ -116,10 +146,30 @@ def test_imagenet_without_internet_names_the_remedies(
         build_classifier(recipe.train.model_copy(update={"weights": "imagenet"}))
 
 
+def test_saved_model_gives_probabilities_and_a_score_for_each_image(saved: Path) -> None:
+    model = load_classifier(saved)
+    outputs = predict(model, some_images(3))
+    assert set(model.output) == {PROBABILITIES, OOD_SCORE}
+    assert outputs.probabilities.shape == (3, 4)
+    assert outputs.ood_scores is not None and outputs.ood_scores.shape == (3,)
+    assert temperature_of(model) == pytest.approx(2.0)
+    nothing = predict(model, some_images(0))
+    assert nothing.ood_scores is not None and nothing.ood_scores.shape == (0,)
+
+
+def test_model_of_before_there_was_a_score_still_predicts(saved: Path, tmp_path: Path) -> None:
+    keras = import_keras()
+    model = load_classifier(saved)
+    keras.Model(model.input, model.output[PROBABILITIES]).save(tmp_path / "old.keras")
+    outputs = predict(load_classifier(tmp_path / "old.keras"), some_images(3))
+    assert outputs.ood_scores is None
+    np.testing.assert_allclose(outputs.probabilities, predict_probabilities(model, some_images(3)), atol=1e-6)
+
+
 def test_digest_is_of_the_model_and_not_of_the_file(classifier: Classifier, saved: Path, tmp_path: Path) -> None:
     again, cooler = tmp_path / "again.keras", tmp_path / "cooler.keras"
     load_classifier(saved).save(again)
-    with_temperature(classifier.network, 2.5).save(cooler)
+    finished(classifier, 2.5).save(cooler)
     assert again.read_bytes() != saved.read_bytes()
     assert model_digest(again) == model_digest(saved)
     assert model_digest(cooler) != model_digest(saved)

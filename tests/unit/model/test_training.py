@@ -172,14 +172,23 @@ def recipe_with(recipe: Params, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "precision", "resumed_after"),
-    [("adamw", "float32", (0, 2)), ("adam", "mixed_float16", (1,)), ("sgd", "float32", (1,))],
+    ("optimizer", "precision", "ema_momentum", "resumed_after"),
+    [
+        ("adamw", "float32", 0.0, (0, 2)),
+        ("adam", "mixed_float16", 0.8, (1,)),
+        ("sgd", "float32", 0.0, (1,)),
+    ],
 )
 def test_training_goes_on_from_its_states_as_if_nothing_had_happened(
-    recipe: Params, tmp_path: Path, optimizer: str, precision: str, resumed_after: tuple[int, ...]
+    recipe: Params,
+    tmp_path: Path,
+    optimizer: str,
+    precision: str,
+    ema_momentum: float,
+    resumed_after: tuple[int, ...],
 ) -> None:
     decay = 0.0 if optimizer == "adam" else 0.01
-    train = recipe_with(recipe, optimizer=optimizer, precision=precision, weight_decay=decay)
+    train = recipe_with(recipe, optimizer=optimizer, precision=precision, weight_decay=decay, ema_momentum=ema_momentum)
     history, variables, states = trained(train)
     assert len(states) == 4
     assert [(row["epoch"], row["phase"]) for row in history.rows()] == [
@@ -197,6 +206,33 @@ def test_training_goes_on_from_its_states_as_if_nothing_had_happened(
         assert again.best.epoch == history.best.epoch
         for one, two in zip(resumed, variables, strict=True):
             np.testing.assert_array_equal(one, two)
+
+
+def test_averaged_weights_are_kept_while_the_training_goes_on_with_its_own(recipe: Params) -> None:
+    train = recipe_with(recipe, epochs=2)
+
+    def tuned(params: Any) -> tuple[Classifier, list[list[np.ndarray]], list[State]]:
+        """The classifier, its weights after every step, and the states after the epochs."""
+        classifier, steps, states = small_classifier("float32"), [], []
+        training.fine_tune(
+            classifier, labelled(24), labelled(16, seed=1), params, History(on_epoch=lambda row: None),
+            lambda: steps.append([variable.numpy() for variable in classifier.network.trainable_variables]),
+            on_state=states.append,
+        )  # fmt: skip
+        return classifier, steps, states
+
+    _, steps, plain = tuned(train)
+    classifier, _, averaged = tuned(train.model_copy(update={"ema_momentum": 0.8}))
+    for own, expected in zip(averaged, plain, strict=True):
+        for one, two in zip(own.network, expected.network, strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+    averages = steps[0]
+    for weights in steps[1:]:
+        averages = [0.8 * average + 0.2 * weight for average, weight in zip(averages, weights, strict=True)]
+    # The second epoch is the better one; its averages are the network's at the end.
+    assert averaged[1].rows[1]["val_loss"] < averaged[1].rows[0]["val_loss"]
+    for variable, expected in zip(classifier.network.trainable_variables, averages, strict=True):
+        np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 def with_val_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float], done: int = 0) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from braintumor.labels import CLASS_NAMES
-from braintumor.params import Floor, GateParams
+from braintumor.params import Bound, GateParams
 from braintumor.registry.policy import (
     NEEDED_CLASS_FIGURES,
     NEEDED_DIGESTS,
@@ -20,15 +20,22 @@ from braintumor.registry.policy import (
 
 DATA_MD5 = "0123456789abcdef0123456789abcdef"
 POLICY = GateParams(
-    min_accuracy=Floor(value=0.92, required=True),
-    min_tumour_sensitivity=Floor(value=0.95, required=True),
-    min_class_recall=Floor(value=0.80, required=True),
+    min_accuracy=Bound(value=0.92, required=True),
+    min_accuracy_low=Bound(value=0.90, required=True),
+    min_copy_free_accuracy=Bound(value=0.91, required=True),
+    min_tumour_sensitivity=Bound(value=0.95, required=True),
+    min_class_recall=Bound(value=0.80, required=True),
+    max_ece=Bound(value=0.08, required=True),
+    min_ood_auroc=Bound(value=0.85, required=True),
 )
+OPTIONAL = [name for name in GateParams.model_fields if name != "min_accuracy"]
 GOOD: dict[str, Any] = {
     "data_md5": DATA_MD5,
     "splits_sha256": "a" * 64,
     "model_digest": "b" * 64,
     "predictions_sha256": "c" * 64,
+    "ood_scores_sha256": "d" * 64,
+    "evidence_sha256": "e" * 64,
     "protocol": "official",
     "n_test": 400,
     "accuracy": 0.97,
@@ -39,6 +46,10 @@ GOOD: dict[str, Any] = {
     "tumour_specificity": 0.98,
     "nearest_neighbour_accuracy": 0.6,
     "leaked_share": 0.0,
+    "n_copy_free": 400,
+    "copy_free_accuracy": 0.97,
+    "ece": 0.02,
+    "ood_auroc": 0.95,
     "per_class": {
         name: {"n": 100, "recall": 0.96, "specificity": 0.99, "precision": 0.97, "f1": 0.96} for name in CLASS_NAMES
     },
@@ -46,7 +57,7 @@ GOOD: dict[str, Any] = {
 NO_NUMBERS: list[Any] = [math.nan, math.inf, -math.inf, None, "0.97", True, [], {}, -0.01, 1.01]
 
 
-def changed(*path: str, to: Any) -> dict[str, Any]:
+def changed(*path: Any, to: Any) -> dict[str, Any]:
     metrics = copy.deepcopy(GOOD)
     place = metrics
     for key in path[:-1]:
@@ -81,8 +92,12 @@ def test_good_figures_pass_every_check() -> None:
         "current_data",
         "protocol_allowed",
         "min_accuracy",
+        "min_accuracy_low",
+        "min_copy_free_accuracy",
         "min_tumour_sensitivity",
         "min_class_recall",
+        "max_ece",
+        "min_ood_auroc",
     ]
 
 
@@ -90,11 +105,14 @@ def test_good_figures_pass_every_check() -> None:
     ("path", "name", "floor"),
     [
         (("accuracy",), "min_accuracy", 0.92),
+        (("accuracy_interval", 0), "min_accuracy_low", 0.90),
+        (("copy_free_accuracy",), "min_copy_free_accuracy", 0.91),
+        (("ood_auroc",), "min_ood_auroc", 0.85),
         (("tumour_sensitivity",), "min_tumour_sensitivity", 0.95),
         (("per_class", "meningioma", "recall"), "min_class_recall", 0.80),
     ],
 )
-def test_a_figure_passes_at_and_above_its_floor_and_not_below(path: tuple[str, ...], name: str, floor: float) -> None:
+def test_a_figure_passes_at_and_above_its_floor_and_not_below(path: tuple[Any, ...], name: str, floor: float) -> None:
     assert check(judge(changed(*path, to=math.nextafter(floor, 1))), name).passed
     assert judge(changed(*path, to=floor)).passed
     below = judge(changed(*path, to=math.nextafter(floor, 0)))
@@ -104,13 +122,42 @@ def test_a_figure_passes_at_and_above_its_floor_and_not_below(path: tuple[str, .
     assert str(floor) + " is below" not in check(below, name).reason
 
 
+def test_a_figure_passes_at_and_below_its_ceiling_and_not_above() -> None:
+    for value in (math.nextafter(0.08, 0), 0.08):
+        assert judge(changed("ece", to=value)).passed
+    above = judge(changed("ece", to=math.nextafter(0.08, 1)))
+    assert not above.passed
+    assert "0.08 exceeds" not in check(above, "max_ece").reason
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_a_bound_that_is_null_is_not_checked(name: str) -> None:
+    decision = judge(GOOD, POLICY.model_copy(update={name: None}))
+    assert decision.passed and name not in {found.name for found in decision.checks}
+    assert decision.policy[name] is None
+
+
+def test_the_accuracy_can_not_be_left_unchecked() -> None:
+    with pytest.raises(ValueError, match="min_accuracy"):
+        GateParams.model_validate(POLICY.model_dump() | {"min_accuracy": None})
+
+
+def test_a_split_without_copy_free_images_is_complete_but_fails_a_required_bound_on_them() -> None:
+    metrics = changed("copy_free_accuracy", to=None) | {"n_copy_free": 0}
+    decision = judge(metrics)
+    assert check(decision, "complete_and_finite").passed
+    assert not decision.passed and not check(decision, "min_copy_free_accuracy").passed
+    assert judge(metrics, POLICY.model_copy(update={"min_copy_free_accuracy": None})).passed
+    assert not check(judge(metrics | {"n_copy_free": 5}), "complete_and_finite").passed
+
+
 def test_the_class_with_the_lowest_recall_is_named() -> None:
     found = check(judge(changed("per_class", "pituitary", "recall", to=0.5)), "min_class_recall")
     assert "pituitary" in found.reason and found.value == 0.5
 
 
 def test_a_floor_that_is_not_required_only_warns() -> None:
-    lenient = POLICY.model_copy(update={"min_tumour_sensitivity": Floor(value=0.95, required=False)})
+    lenient = POLICY.model_copy(update={"min_tumour_sensitivity": Bound(value=0.95, required=False)})
     decision = judge(changed("tumour_sensitivity", to=0.5), lenient)
     assert decision.passed
     assert not check(decision, "min_tumour_sensitivity").passed
@@ -118,7 +165,7 @@ def test_a_floor_that_is_not_required_only_warns() -> None:
 
 
 def test_integrity_is_required_though_no_floor_is() -> None:
-    nothing = GateParams(**{name: Floor(value=0, required=False) for name in GateParams.model_fields})
+    nothing = GateParams(**{name: Bound(value=0, required=False) for name in GateParams.model_fields})
     assert judge(GOOD, nothing).passed
     for broken in (without("macro_f1"), changed("data_md5", to="other"), changed("protocol", to="declared")):
         assert not judge(broken, nothing).passed
@@ -141,7 +188,9 @@ def test_a_class_figure_that_is_no_number_in_0_to_1_closes_the_gate(name: str, v
     assert f"notumor {name}" in check(decision, "complete_and_finite").reason
 
 
-@pytest.mark.parametrize("name", [*NEEDED_FIGURES, "accuracy_interval", "n_test", "per_class", *NEEDED_DIGESTS])
+@pytest.mark.parametrize(
+    "name", [*NEEDED_FIGURES, "accuracy_interval", "copy_free_accuracy", "n_test", "per_class", *NEEDED_DIGESTS]
+)
 def test_a_missing_key_closes_the_gate(name: str) -> None:
     decision = judge(without(name))
     assert not decision.passed
@@ -207,12 +256,13 @@ NUMBERS = st.floats(0.95, 1)
 FIGURES = st.fixed_dictionaries(dict.fromkeys((*NEEDED_CLASS_FIGURES,), NUMBERS) | {"n": st.integers(1, 500)})
 PASSING = st.fixed_dictionaries(
     {name: st.just(GOOD[name]) for name in (*NEEDED_DIGESTS, "protocol", "accuracy_interval")}
-    | dict.fromkeys(NEEDED_FIGURES, NUMBERS)
+    | dict.fromkeys((*NEEDED_FIGURES, "copy_free_accuracy"), NUMBERS)
+    | {"ece": st.floats(0, 0.08), "n_copy_free": st.integers(0, 5000)}
     | {"n_test": st.integers(1, 5000), "per_class": st.fixed_dictionaries(dict.fromkeys(CLASS_NAMES, FIGURES))}
 )
 PLACES = st.sampled_from(
     [
-        *((name,) for name in NEEDED_FIGURES),
+        *((name,) for name in (*NEEDED_FIGURES, "copy_free_accuracy")),
         ("n_test",),
         ("accuracy_interval",),
         *(("per_class", label, name) for label in CLASS_NAMES for name in (*NEEDED_CLASS_FIGURES, "n")),

@@ -38,7 +38,8 @@ def test_a_good_model_passes_and_the_decision_binds_what_was_judged(make_folders
     assert decision["passed"] is True and failed(decision) == set()
     assert decision["policy"] == params.gate.model_dump()
     assert decision["digests"] == {
-        **{name: metrics[name] for name in ("data_md5", "splits_sha256", "model_digest", "predictions_sha256")},
+        **{name: metrics[name] for name in ("data_md5", "splits_sha256", "model_digest")},
+        **{name: metrics[name] for name in ("predictions_sha256", "ood_scores_sha256", "evidence_sha256")},
         "metrics_sha256": sha256_of_file(folders.evaluation / artifacts.METRICS),
     }
     assert all(
@@ -87,18 +88,19 @@ def test_a_missing_class_does_not_pass(make_folders: MakeFolders, params: Params
     assert run(folders, params)["passed"] is False
 
 
+@pytest.mark.parametrize("name", artifacts.JUDGED_FILES)
 @pytest.mark.parametrize("harm", ["changed", "removed"])
-def test_predictions_other_than_the_judged_ones_do_not_pass(
-    harm: str, make_folders: MakeFolders, params: Params
+def test_files_other_than_those_of_the_metrics_do_not_pass(
+    harm: str, name: str, make_folders: MakeFolders, params: Params
 ) -> None:
     folders = make_folders()
-    file = folders.evaluation / artifacts.PREDICTIONS
+    file = folders.evaluation / name
     if harm == "changed":
         file.write_text(file.read_text() + "\n")
     else:
         file.unlink()
     decision = run(folders, params)
-    assert decision["passed"] is False and failed(decision) == {"predictions_untouched"}
+    assert decision["passed"] is False and failed(decision) == {f"{file.stem}_untouched"}
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "null", "\x00"])

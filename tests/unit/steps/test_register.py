@@ -218,6 +218,35 @@ def test_predictions_forged_with_their_digest_are_refused(
     refused(folders, params, "are not the 60 test images")
 
 
+def test_copies_that_are_told_as_none_are_refused(store: Path, make_folders: MakeFolders, params: Params) -> None:
+    folders = make_folders(protocol="declared")
+    rows = pd.read_csv(folders.splits / artifacts.SPLITS)
+    # A copy of a test image on the training side; the split's own digest is mended.
+    rows.loc[rows["path"] == "train/glioma/0.png", "group"] = "test-glioma-0"
+    rows.to_csv(folders.splits / artifacts.SPLITS, index=False)
+    digest = sha256_of_file(folders.splits / artifacts.SPLITS)
+    for file in ("split/split.json", "model/training.json", "evaluation/metrics.json"):
+        folders.edit(folders.root / file, splits_sha256=digest)
+    run_gate(folders, params)
+    # Whoever got past the gate's refusal of this protocol is stopped here.
+    folders.edit(folders.decision / artifacts.DECISION, passed=True)
+    refused(folders, params, "are not the 60 test images")
+
+
+def test_scores_that_the_files_do_not_give_are_refused(store: Path, make_folders: MakeFolders, params: Params) -> None:
+    folders = make_folders()
+    folders.edit(folders.evaluation / artifacts.METRICS, ood_auroc=0.999)
+    run_gate(folders, params)
+    refused(folders, params, "its ood_auroc is not what")
+
+
+@pytest.mark.parametrize("name", artifacts.JUDGED_FILES)
+def test_evidence_changed_after_the_gate_is_refused(name: str, passed: Any, params: Params) -> None:
+    file = passed.evaluation / name
+    file.write_text(file.read_text() + "\n")
+    refused(passed, params, f"{name} is stale")
+
+
 def test_metrics_that_the_predictions_do_not_give_are_refused(
     store: Path, make_folders: MakeFolders, params: Params
 ) -> None:

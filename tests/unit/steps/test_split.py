@@ -12,6 +12,7 @@ from braintumor.data.manifest import dataset_md5, load_manifest, survey, write_m
 from braintumor.data.split_artifact import load_split
 from braintumor.data.splits import make_splits, side_of
 from braintumor.errors import UserError
+from braintumor.evidence.statistics_floor import STATISTICS
 from braintumor.labels import CLASS_NAMES, SPLIT_NAMES
 from braintumor.params import SplitParams
 from braintumor.steps.split import split
@@ -83,7 +84,16 @@ def test_official_leaves_a_split_that_later_steps_accept(folders: tuple[Path, Pa
     assert 0 <= record["statistics_accuracy"] <= 0.6
     assert record["groups"]["test"] == 32
     assert json.loads((output / "joined_groups.json").read_text())["joined_groups"] == []
-    assert load_split(output).sha256 == record["splits_sha256"]
+    made = load_split(output)
+    assert made.sha256 == record["splits_sha256"]
+    test = rows[rows["split"] == "test"].set_index("path")
+    floors = made.floors.set_index("path")
+    assert list(floors.columns) == ["neighbour_label", "statistics_label"]
+    assert list(floors.index) == list(test.index)
+    assert record["floors_sha256"] == sha256_of_file(output / "floors.csv")
+    assert record["nearest_neighbour_accuracy"] == (floors["neighbour_label"] == test["label"]).mean()
+    assert record["statistics_accuracy"] == (floors["statistics_label"] == test["label"]).mean()
+    assert set(record["statistics_importances"]) == set(STATISTICS)
 
 
 def test_the_name_of_the_test_set_follows_contents_and_labels_not_names(folders: tuple[Path, Path, Path]) -> None:
@@ -143,6 +153,29 @@ def test_a_split_with_a_group_on_two_sides_is_refused_whoever_wrote_it(folders: 
     record = json.loads((output / "split.json").read_text())
     write_json(output / "split.json", record | {"splits_sha256": sha256_of_file(output / "splits.csv")})
     with pytest.raises(UserError, match="share a group with images on another side"):
+        load_split(output)
+
+
+@pytest.mark.parametrize("file", ["splits.csv", "floors.csv"])
+def test_a_split_that_was_changed_or_lost_a_file_is_refused(folders: tuple[Path, Path, Path], file: str) -> None:
+    dataset, validation, output = folders
+    split(dataset, validation, output, PARAMS)
+    content = (output / file).read_text()
+    (output / file).write_text(content.replace("glioma", "notumor"))
+    with pytest.raises(UserError, match=rf"{file} was changed after it was made; run 'braintumor split' again"):
+        load_split(output)
+    (output / file).unlink()
+    with pytest.raises(UserError, match=rf"{file} is missing; run 'braintumor split' first"):
+        load_split(output)
+
+
+def test_a_split_of_an_earlier_version_without_floors_is_refused(folders: tuple[Path, Path, Path]) -> None:
+    dataset, validation, output = folders
+    split(dataset, validation, output, PARAMS)
+    record = json.loads((output / "split.json").read_text())
+    del record["floors_sha256"]
+    write_json(output / "split.json", record)
+    with pytest.raises(UserError, match=r"split\.json has no floors_sha256; run 'braintumor split' again"):
         load_split(output)
 
 
