@@ -8,7 +8,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help demo data ui test lint security image image-check lock pretrain-sample sample bench-copies bench-materialise clean
+.PHONY: help demo data ui test lint security image image-check lock pretrain-sample sample bench-copies bench-ablation \
+        bench-ood bench-explanations bench-evaluation bench-materialise clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -58,7 +59,7 @@ lock: $(VENV)/dev  ## lock the newest versions that pyproject.toml allows, with 
 	uv pip compile -q --python-version 3.11 --group security --generate-hashes --no-emit-index-url --no-annotate --no-header -o requirements/security.txt --upgrade
 
 sample: $(VENV)/dev  ## draw the sample images anew, into build/sample
-	braintumor data sample build/sample
+	braintumor data sample build/sample --with-masks
 
 pretrain-sample: $(VENV)/dev  ## pre-train the sample's backbone anew; more than an hour on two cores
 	braintumor model pretrain-sample build/pretrain/densenet201-phantoms.weights.h5
@@ -68,6 +69,18 @@ bench-copies: $(VENV)/run data  ## how many copies of DATASET the search finds, 
 	python bench/copies.py --dataset $(DATASET)
 	python bench/borderline.py --dataset $(DATASET)
 	python bench/fingerprints.py
+
+bench-ablation: $(VENV)/run data  ## train recipes that differ in one thing on the split in build/, and compare them; hours on two cores
+	python bench/ablation.py --dataset $(DATASET)
+
+bench-ood: $(VENV)/run data  ## how well scores tell images unlike the training's, by the model and split in build/
+	python bench/ood.py --dataset $(DATASET)
+
+bench-explanations: $(VENV)/run data  ## which heat maps of the model in build/ point at known lesions
+	python bench/explanations.py --dataset $(DATASET)
+
+bench-evaluation: $(VENV)/run data  ## what an evaluation of the model in build/ costs beside its forward passes
+	python bench/evaluation.py --dataset $(DATASET)
 
 bench-materialise: $(VENV)/dev  ## how fast a data version is fetched from S3, beside dvc pull
 	python bench/materialise.py

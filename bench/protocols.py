@@ -24,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=Path, default=Path("data"))
     parser.add_argument("--validation", type=Path, default=Path("build/validation"))
+    parser.add_argument("--context", type=Path, default=Path("build/resolve"))
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument("--output", type=Path, default=Path("build/protocols"))
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
@@ -50,7 +51,8 @@ def run(protocol: str, options: argparse.Namespace) -> None:
         return
     call("split", *data, "--validation", options.validation, "--output", split, "--params", file)
     call("train", *data, "--splits", split, "--output", model, "--params", file)
-    call("evaluate", *data, "--splits", split, "--model", model, "--output", evaluation, "--params", file)
+    made = ["--validation", options.validation, "--splits", split, "--model", model, "--context", options.context]
+    call("evaluate", *data, *made, "--output", evaluation, "--params", file)
 
 
 def call(*words: object) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from braintumor.errors import UserError, name_some
 
-GROUPS_FILE = "groups.csv"  # optional, in the data set's root: path,patient[,origin]
+GROUPS_FILE = "groups.csv"  # optional, in the data set's root: path,patient[,origin][,plane]
 
 CONTEXT = "context.json"
 ACCEPTED = "accepted.parquet"
@@ -54,11 +54,11 @@ EVIDENCE = "evidence.json"
 REPORT = "report.html"
 LABEL_ERRORS = "label_errors.csv"
 CURVES = "curves"
-# Their digests stand in metrics.json, as <name>_sha256.
-JUDGED_FILES = (PREDICTIONS, OOD_SCORES, EVIDENCE)
 CONFUSION_MATRIX = "confusion_matrix.png"
 ROC_CURVES = "roc_curves.png"
 PER_CLASS = "per_class.png"
+# All of an evaluation that is judged or shown to others; their digests stand in metrics.json, as <name>_sha256.
+JUDGED_FILES = (PREDICTIONS, OOD_SCORES, EVIDENCE, REPORT, CONFUSION_MATRIX, ROC_CURVES, PER_CLASS)
 
 DECISION = "decision.json"
 TEST_USES = "test_uses.json"
@@ -98,6 +98,11 @@ def source_digest() -> str:
     root = Path(__file__).parents[1]
     packages = (root / name for name in ("braintumor", "components", "pipelines"))
     return digest_of_files(root, (file for package in packages for file in package.rglob("*.py")))
+
+
+def sha256_key(name: str) -> str:
+    """The key of metrics.json that holds the digest of one of JUDGED_FILES."""
+    return f"{Path(name).stem}_sha256"
 
 
 def read_json(path: Path, made_by: str) -> dict[str, Any]:

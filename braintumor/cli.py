@@ -227,14 +227,13 @@ def predict(
     params_file: ParamsFile = PARAMS,
 ) -> None:
     """Class and probabilities of images, by a model of the registry or a file, and which are unlike the training's."""
-    from braintumor.predict import explain_files, model_file, predict_files, show
+    from braintumor.predict import model_file, predict_files, show
 
     with model_file(model, params_file, alias) as file:
-        predictions, unreadable = predict_files(file, paths)
-        overlays = explain_files(file, paths, explain) if explain is not None else []
+        predictions, unreadable = predict_files(file, paths, explain)
     show(predictions, as_json)
-    if overlays and not as_json:
-        print(f"{len(overlays)} images with their heat maps are in {explain}")
+    if explain is not None and predictions and not as_json:
+        print(f"{len(predictions)} images with their heat maps are in {explain}")
     if unreadable:
         raise UserError("\n".join(unreadable))
 
@@ -373,7 +372,9 @@ def data_sample(
     train_patients: Annotated[int, typer.Option(min=1, help="Patients of each class for training.")] = 100,
     test_patients: Annotated[int, typer.Option(min=1, help="Patients of each class for testing.")] = 33,
     size_px: Annotated[int, typer.Option(min=32, max=512, help="Side of the images.")] = 128,
-    with_masks: Annotated[bool, typer.Option("--with-masks", help="Write lesion masks to OUTPUT-masks.")] = False,
+    with_masks: Annotated[
+        bool, typer.Option("--with-masks", help="Write the lesions of the test images to OUTPUT/masks, too.")
+    ] = False,
 ) -> None:
     """Draw phantoms of four classes on the MNI152 template."""
     from braintumor.data.sample import draw_sample

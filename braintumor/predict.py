@@ -5,7 +5,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,8 @@ OVERLAY_GROUND, OVERLAY_INK, OVERLAY_SOFT = (24, 24, 24), (235, 235, 235), (170,
 class Prediction:
     """`probabilities` by class name; `label` is the most probable.
 
-    `ood_score` is above 1 for an image unlike those of the training; None of a model without such a score.
+    `ood_score` is above 1 for an image unlike those of the training; None of a model without such a score. `overlay` is
+    the PNG that explains the prediction, if one was asked for.
     """
 
     path: str
@@ -44,16 +45,7 @@ class Prediction:
     probabilities: dict[str, float]
     ood_score: float | None = None
     is_unlike_training: bool | None = None
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A model and the images that it is to judge, (n, size, size, 1); `unreadable` tells of the others."""
-
-    classifier: "keras.Model"
-    images: NDArray[np.uint8]
-    files: list[Path]
-    unreadable: list[str]
+    overlay: str | None = None
 
 
 @contextmanager
@@ -67,47 +59,57 @@ def model_file(model: Path | None, params_file: Path, alias: str) -> Iterator[Pa
         yield versions.download_model(name, alias, Path(folder))
 
 
-def predict_files(model: Path, paths: Sequence[Path]) -> tuple[list[Prediction], list[str]]:
-    """Predictions of all readable images below `paths`, in order, and what is wrong with each of the others."""
-    read = _read(model, paths)
-    return _predictions(read.files, predict(read.classifier, read.images)), read.unreadable
+def predict_files(
+    model: Path, paths: Sequence[Path], explain: Path | None = None
+) -> tuple[list[Prediction], list[str]]:
+    """Predictions of all readable images below `paths`, in order, and what is wrong with each of the others.
 
-
-def explain_files(model: Path, paths: Sequence[Path], output: Path) -> list[Path]:
-    """A PNG in the folder `output` of each readable image below `paths`, in order; `predict_files` tells of the others.
-
-    It shows the image beside the heat map of the most probable class. Its name is the image's, and a digest of image
-    and model: the same again replaces it, and nothing else does. What else the folder holds stays.
+    A PNG of each image beside the heat map of its most probable class stands in the folder `explain` afterwards, if one
+    is given. Its name is the image's, and a digest of what it shows: the same again replaces it, and nothing else does.
+    What else the folder holds stays. Raises UserError for a folder that can't be written to.
     """
-    from braintumor.model.gradcam import heat_maps, overlay
-
-    read = _read(model, paths)
-    outputs = predict(read.classifier, read.images)
-    maps = heat_maps(read.classifier, read.images, outputs.probabilities.argmax(axis=1)[:, None])[:, 0]
-    digest = model_digest(model)
-    written = []
-    for prediction, file, heat in zip(_predictions(read.files, outputs), read.files, maps, strict=True):
-        grey = resize_square(decode_grey(file), OVERLAY_PX)
-        name = hashlib.sha256(digest.encode() + file.read_bytes()).hexdigest()[:12]
-        place = output / f"{file.stem[:MAX_STEM]}-{name}.png"
-        _save_png(_explanation(grey, overlay(grey, heat), prediction), place)
-        written.append(place)
-    return written
-
-
-def _read(model: Path, paths: Sequence[Path]) -> _Read:
-    files = [file for path in paths for file in _images_below(path)]
     classifier = load_classifier(model)
     size_px = image_size_px(classifier)
-    images, readable, unreadable = [], [], []
-    for file in files:
+    images, large, readable, unreadable = [], [], [], []
+    for file in (file for path in paths for file in _images_below(path)):
         try:
-            images.append(resize_square(decode_grey(file), size_px)[..., None])
-            readable.append(file)
+            grey = decode_grey(file)
         except UnreadableImage as error:
             unreadable.append(str(error))
-    stacked = np.stack(images) if images else np.empty((0, size_px, size_px, 1), np.uint8)
-    return _Read(classifier, stacked, readable, unreadable)
+            continue
+        readable.append(file)
+        images.append(resize_square(grey, size_px)[..., None])
+        if explain is not None:
+            large.append(resize_square(grey, OVERLAY_PX))
+    if not images:
+        return [], unreadable
+    stacked = np.stack(images)
+    predictions = _predictions(readable, predict(classifier, stacked))
+    if explain is not None:
+        predictions = _explained(predictions, classifier, model_digest(model), stacked, large, explain)
+    return predictions, unreadable
+
+
+def _explained(
+    predictions: Sequence[Prediction],
+    classifier: "keras.Model",
+    digest: str,
+    images: NDArray[np.uint8],
+    large: Sequence[NDArray[np.uint8]],
+    folder: Path,
+) -> list[Prediction]:
+    """The predictions with their overlays; `large` are the images as they are shown."""
+    from braintumor.model.gradcam import heat_maps, overlay
+
+    classes = np.array([[CLASS_NAMES.index(one.label)] for one in predictions])
+    maps = heat_maps(classifier, images, classes)[:, 0]
+    explained = []
+    for prediction, image, grey, heat in zip(predictions, images, large, maps, strict=True):
+        name = hashlib.sha256(digest.encode() + image.tobytes() + grey.tobytes()).hexdigest()[:12]
+        place = folder / f"{Path(prediction.path).stem[:MAX_STEM]}-{name}.png"
+        _save_png(_explanation(grey, overlay(grey, heat), prediction), place)
+        explained.append(replace(prediction, overlay=str(place)))
+    return explained
 
 
 def _predictions(files: Sequence[Path], outputs: Outputs) -> list[Prediction]:

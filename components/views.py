@@ -50,7 +50,7 @@ def log_evaluation(evaluation: Path, metrics: Metrics) -> None:
     content = _metrics(evaluation)
     numbers = {name: value for name, value in content.items() if isinstance(value, int | float)}
     for name, value in content.items():
-        if name.endswith("_interval"):
+        if name.endswith("_interval") and value is not None:
             numbers[name.replace("_interval", "_low")], numbers[name.replace("_interval", "_high")] = value
     recalls = {f"recall_{label}": entry["recall"] for label, entry in content["per_class"].items()}
     log_figures(metrics, numbers | recalls)

@@ -16,10 +16,13 @@ import pytest
 from braintumor import artifacts
 from braintumor.artifacts import sha256_of_file, write_json
 from braintumor.data.profile import STATISTICS, write_profile
+from braintumor.data.split_artifact import SPLIT_FACTS
 from braintumor.evidence.metrics import compute_test_metrics
+from braintumor.evidence.of_scores import sections_of_scores
 from braintumor.evidence.predictions import make_predictions, read_predictions, write_table
 from braintumor.evidence.statistics_floor import STATISTICS as FLOOR_STATISTICS
 from braintumor.labels import CLASS_NAMES
+from braintumor.model.probes import PROBE_KINDS
 from braintumor.model.saved import model_digest
 from braintumor.params import Params, load_params
 
@@ -94,7 +97,7 @@ def make_folders(tmp_path: Path, tiny_models: list[Path], params: Params) -> Cal
         )
         split = _write_split(splits, protocol)
         training = _write_model(model, tiny_models[seed - 1], split, params)
-        _write_evaluation(evaluation, splits, split, training["model_digest"], params, n_wrong)
+        _write_evaluation(evaluation, splits, model, split, training, params, n_wrong)
         return Folders(root, validation, model, splits, evaluation, gate, resolve, registration)
 
     return make
@@ -184,7 +187,19 @@ def _write_model(folder: Path, model: Path, split: dict[str, Any], params: Param
     seen = [f"train/{label}/{number}.png" for label in CLASS_NAMES for number in range(TESTS_PER_CLASS)]
     digests = [hashlib.sha256(path.encode()).hexdigest() for path in seen]
     pd.DataFrame({"path": seen, "sha256": digests}).to_csv(folder / artifacts.SEEN_IMAGES, index=False)
+    calibration = pd.DataFrame(
+        {
+            "path": [f"calibration/{label}/{number}.png" for label in CLASS_NAMES for number in range(TESTS_PER_CLASS)],
+            "label": np.repeat(CLASS_NAMES, TESTS_PER_CLASS),
+            "group": [f"calibration-{label}-{number}" for label in CLASS_NAMES for number in range(TESTS_PER_CLASS)],
+        }
+    )
+    right = np.eye(len(CLASS_NAMES), dtype=np.float32)[np.repeat(range(len(CLASS_NAMES)), TESTS_PER_CLASS)]
+    scores = np.linspace(0, 1, len(calibration), dtype=np.float32)
+    write_table(make_predictions(calibration, 0.96 * right + 0.01, scores), folder / artifacts.CALIBRATION)
     training = {
+        "calibration_sha256": sha256_of_file(folder / artifacts.CALIBRATION),
+        "seen_images_sha256": sha256_of_file(folder / artifacts.SEEN_IMAGES),
         "data_md5": DATA_MD5,
         "splits_sha256": split["splits_sha256"],
         "model_digest": model_digest(folder / artifacts.MODEL),
@@ -204,7 +219,13 @@ def _write_model(folder: Path, model: Path, split: dict[str, Any], params: Param
 
 
 def _write_evaluation(
-    folder: Path, splits: Path, split: dict[str, Any], digest: str, params: Params, n_wrong: int
+    folder: Path,
+    splits: Path,
+    model: Path,
+    split: dict[str, Any],
+    training: dict[str, Any],
+    params: Params,
+    n_wrong: int,
 ) -> None:
     rows = pd.read_csv(splits / artifacts.SPLITS, dtype=str)
     rows = rows[rows["split"] == "test"]
@@ -218,20 +239,30 @@ def _write_evaluation(
         is_leaked=False, is_declared_copy=False, **{name: floors[name].to_numpy() for name in floors}
     )
     write_table(predictions, folder / artifacts.PREDICTIONS)
-    probes = pd.DataFrame({"kind": ["noise"] * 8 + ["rotated"] * 8, "ood_score": np.linspace(0.85, 3, 16)})
+    probes = pd.DataFrame({"kind": np.repeat(list(PROBE_KINDS), 8), "ood_score": np.linspace(0.85, 3, 80)})
     write_table(probes, folder / artifacts.OOD_SCORES)
-    write_json(folder / artifacts.EVIDENCE, {"model_digest": digest})
     (folder / artifacts.REPORT).write_text("<!DOCTYPE html><title>Evaluation</title>")
     tables = [read_predictions(folder / name) for name in (artifacts.PREDICTIONS, artifacts.OOD_SCORES)]
+    bound = {
+        **{fact: split[fact] for fact in ("data_md5", "splits_sha256", *SPLIT_FACTS)},
+        "model_digest": training["model_digest"],
+        "predictions_sha256": sha256_of_file(folder / artifacts.PREDICTIONS),
+        "ood_scores_sha256": sha256_of_file(folder / artifacts.OOD_SCORES),
+    }
+    calibration = read_predictions(model / artifacts.CALIBRATION)
+    sections = sections_of_scores(
+        *tables, PROBE_KINDS, calibration, training["temperature"], split["statistics_importances"], params.evaluate
+    )
+    write_json(folder / artifacts.EVIDENCE, bound | sections)
+    for name in (artifacts.CONFUSION_MATRIX, artifacts.ROC_CURVES, artifacts.PER_CLASS):
+        (folder / name).write_bytes(b"\x89PNG")
     metrics = {
         "schema_version": 2,
-        **split,
-        "model_digest": digest,
-        **{f"{Path(name).stem}_sha256": sha256_of_file(folder / name) for name in artifacts.JUDGED_FILES},
+        **bound,
+        **{artifacts.sha256_key(name): sha256_of_file(folder / name) for name in artifacts.JUDGED_FILES},
         **compute_test_metrics(*tables, params.evaluate),
     }
     write_json(folder / artifacts.METRICS, metrics)
-    (folder / "roc_curves.png").write_bytes(b"\x89PNG")
 
 
 @pytest.fixture(scope="session")

@@ -29,10 +29,12 @@ def compare_with_champion(
     """How the challenger does against the champion, image by image, over resamples of whole groups.
 
     `truth` (n,) are classes as indices into CLASS_NAMES, `challenger` and `champion` (n, 4) probabilities for the same
-    images, `groups` (n,) any integers. `is_excluded` (n,) marks the images that the champion knows from its training.
+    images, `groups` (n,) any integers. `is_excluded` (n,) marks the images that either knows from its training.
     Returns, whatever the verdict,
-      verdict: better | worse | no difference found | not comparable | no champion, by the interval of the accuracies'
-        difference; reason: a sentence; champion: its version, or None;
+      verdict: better | worse | no difference found | not comparable | no champion. Better and worse need both an
+        interval of the accuracies' difference that leaves 0 out and, since that is too narrow where few images make
+        the difference, an exact sign test over the groups on which one model has more right than the other;
+      reason: a sentence; champion: its version, or None;
       n, n_groups: of the images compared; n_excluded;
       figures: {accuracy | balanced_accuracy | macro_f1 | tumour_sensitivity | tumour_specificity:
         {challenger, champion, difference, interval (of the difference)}}, empty where nothing was compared;
@@ -49,10 +51,11 @@ def compare_with_champion(
     tables = [_confusion_by_group(true, answer, codes) for answer in answers]
     figures = _compare(tables[0], tables[1], params)
     is_right, was_right = (answer == true for answer in answers)
-    verdict = _verdict(figures["accuracy"]["interval"])
+    signs = np.sign(group_sums((is_right.astype(float) - was_right)[:, np.newaxis], codes)[:, 0])
+    verdict, reason = _judge(figures["accuracy"], int((signs > 0).sum()), int((signs < 0).sum()), params)
     return {
         "verdict": verdict,
-        "reason": _reason(verdict, figures["accuracy"], params),
+        "reason": reason,
         "champion": champion_version,
         "n": len(true),
         "n_groups": n_groups,
@@ -94,7 +97,7 @@ def _without_figures(
 def _obstacle(truth: NDArray[np.int64], n_groups: int, n_excluded: int) -> str | None:
     left = f"of the test images {len(truth)} in {n_groups} groups are left"
     if n_excluded:
-        left += f", without the {n_excluded} that the champion was trained on"
+        left += f", without the {n_excluded} that the champion or this model was trained on"
     if len(truth) < MIN_IMAGES or n_groups < MIN_GROUPS:
         return f"{left}; {MIN_IMAGES} images in {MIN_GROUPS} groups are needed"
     absent = [name for index, name in enumerate(CLASS_NAMES) if not (truth == index).any()]
@@ -133,16 +136,25 @@ def _compare(
     return figures
 
 
-def _verdict(interval: list[float]) -> str:
-    low, high = interval
-    return BETTER if low > 0 else WORSE if high < 0 else NO_DIFFERENCE
+def _judge(accuracy: Mapping[str, Any], n_ahead: int, n_behind: int, params: EvaluateParams) -> tuple[str, str]:
+    """Verdict and reason, from the groups on which the challenger has more right than the champion, and fewer."""
+    from scipy.stats import binomtest
 
-
-def _reason(verdict: str, accuracy: Mapping[str, Any], params: EvaluateParams) -> str:
     low, high = accuracy["interval"]
-    told = {BETTER: "above 0", WORSE: "below 0", NO_DIFFERENCE: "on both sides of 0, or at it"}[verdict]
-    return (
+    by_interval = BETTER if low > 0 else WORSE if high < 0 else NO_DIFFERENCE
+    told = {BETTER: "above 0", WORSE: "below 0", NO_DIFFERENCE: "on both sides of 0, or at it"}[by_interval]
+    reason = (
         f"accuracy {accuracy['challenger']:.1%} against the champion's {accuracy['champion']:.1%}: the "
         f"{params.confidence_level:.0%} interval of the difference, {100 * low:+.1f} to {100 * high:+.1f} points, "
         f"lies {told}"
     )
+    if by_interval == NO_DIFFERENCE:
+        return by_interval, reason
+    p_value = float(binomtest(n_ahead, n_ahead + n_behind).pvalue)
+    is_same_side = (n_ahead > n_behind) == (by_interval == BETTER)
+    if is_same_side and p_value <= 1 - params.confidence_level:
+        return by_interval, reason
+    few = f"it rests on few images: this model has more right in {n_ahead} groups, the champion in {n_behind}"
+    if is_same_side:
+        few += f", and so uneven are equally good models with a probability of {p_value:.2g} (sign test)"
+    return NO_DIFFERENCE, f"{reason}, but {few}"

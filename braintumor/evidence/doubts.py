@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from braintumor.evidence.leakage import is_inflated
+from braintumor.evidence.triage import breaks_promise
 from braintumor.labels import CLASS_NAMES, NO_TUMOUR
 
 # From here on a figure is worth a sentence. The gate has its own bounds, which are stricter or not, as its params say.
@@ -13,6 +15,7 @@ LOW_RECALL = 0.9
 LOW_SENSITIVITY = 0.95
 LARGE_ECE = 0.05
 LOW_OOD_AUROC = 0.9
+LOW_FLAGGED = 0.5
 FALSE_ALARMS = 0.1
 LARGE_LOSS = 0.1
 MANY_LABEL_ERRORS = 0.01
@@ -99,14 +102,17 @@ def _leaky(metrics: Mapping[str, Any], evidence: Mapping[str, Any]) -> Iterator[
         f"{percent(share)} of the test images have a copy among those that were trained on (protocol "
         f"{metrics['protocol']})"
     )
+    lead = "Inflated by copies."
     if (found := evidence.get("leakage")) is not None:
+        if (advantage := found["advantage"]["split"]) and not is_inflated(advantage):
+            lead = "Tested on copies."
         parts = {part["part"]: part for part in found["split"]}
         if parts["with copies"]["n"] and parts["copy-free"]["n"]:
             told += (
                 f": there the accuracy is {percent(parts['with copies']['accuracy'])}, elsewhere "
                 f"{percent(parts['copy-free']['accuracy'])}"
             )
-    yield Doubt("Inflated by copies.", f"{told}. Go by the copy-free figure.", "leakage")
+    yield Doubt(lead, f"{told}. Go by the copy-free figure.", "leakage")
 
 
 def _patients(metrics: Mapping[str, Any], _: Mapping[str, Any]) -> Iterator[Doubt]:
@@ -160,7 +166,8 @@ def _leakage(metrics: Mapping[str, Any], evidence: Mapping[str, Any]) -> Iterato
 def _shortcut(_: Mapping[str, Any], evidence: Mapping[str, Any]) -> Iterator[Doubt]:
     found = evidence.get("shortcut")
     if found is not None and found["warning"]:
-        yield Doubt("A shortcut.", sentence(found["warning"]), "shortcut")
+        lead = "A shortcut." if found["share_of_gain"] is not None else "No better than guessing."
+        yield Doubt(lead, sentence(found["warning"]), "shortcut")
 
 
 def _sensitivity(metrics: Mapping[str, Any], _: Mapping[str, Any]) -> Iterator[Doubt]:
@@ -282,11 +289,12 @@ def _triage(_: Mapping[str, Any], evidence: Mapping[str, Any]) -> Iterator[Doubt
         yield Doubt("Nothing to leave to the model.", sentence(found["remark"]), "triage")
         return
     test = found["test"]
-    if test and test["accuracy"] is not None and 1 - test["accuracy"] > found["max_error"]:
+    if breaks_promise(test, found["max_error"]):
+        high, low = (1 - end for end in test["accuracy_interval"])
         yield Doubt(
             "The referral threshold keeps too many errors.",
-            f"Of the test images that it keeps, {percent(1 - test['accuracy'])} are wrong; at most "
-            f"{percent(found['max_error'])} were allowed.",
+            f"Of the test images that it keeps, {percent(1 - test['accuracy'])} ({span([low, high])}) are wrong; at "
+            f"most {percent(found['max_error'])} were allowed.",
             "triage",
         )
 
@@ -299,14 +307,16 @@ def _ood(_: Mapping[str, Any], evidence: Mapping[str, Any]) -> Iterator[Doubt]:
         (kind for kind, entry in found["kinds"].items() if entry["auroc"] < LOW_OOD_AUROC),
         key=lambda kind: (found["kinds"][kind]["auroc"], kind),
     )
-    if weak:
-        told = [
-            f"{told_name(kind)} (AUROC {found['kinds'][kind]['auroc']:.2f}, "
-            f"{found['kinds'][kind]['flagged_share']:.0%} flagged)"
-            for kind in weak[:NAMED_KINDS]
-        ]
-        rest = [f"{len(weak) - NAMED_KINDS} more kinds"] if len(weak) > NAMED_KINDS else []
-        yield Doubt("Strange images pass.", f"The model hardly notices {named([*told, *rest])}.", "ood")
+    unnoticed = [kind for kind in weak if found["kinds"][kind]["flagged_share"] < LOW_FLAGGED]
+    blurred = [kind for kind in weak if kind not in unnoticed]
+    if unnoticed:
+        yield Doubt("Strange images pass.", f"The model hardly notices {_strange(found, unnoticed)}.", "ood")
+    if blurred:
+        yield Doubt(
+            "Strange images score like test images.",
+            f"The model tells {_strange(found, blurred)} less well from test images.",
+            "ood",
+        )
     if found["in_distribution"]["flagged_share"] > FALSE_ALARMS:
         yield Doubt(
             "False alarms.",
@@ -314,6 +324,16 @@ def _ood(_: Mapping[str, Any], evidence: Mapping[str, Any]) -> Iterator[Doubt]:
             "training's.",
             "ood",
         )
+
+
+def _strange(found: Mapping[str, Any], kinds: Sequence[str]) -> str:
+    told = [
+        f"{told_name(kind)} (AUROC {found['kinds'][kind]['auroc']:.2f}, "
+        f"{found['kinds'][kind]['flagged_share']:.0%} flagged)"
+        for kind in kinds[:NAMED_KINDS]
+    ]
+    more = len(kinds) - NAMED_KINDS
+    return named([*told, f"{more} more {'kind' if more == 1 else 'kinds'}"] if more > 0 else told)
 
 
 def _explanation(_: Mapping[str, Any], evidence: Mapping[str, Any]) -> Iterator[Doubt]:

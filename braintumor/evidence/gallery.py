@@ -36,6 +36,7 @@ HOW_TO_READ = (
     "Each image stands beside a copy with the heat map of {shown}: the lighter the colour, the more speaks for the "
     "class there; the white line is at half of the peak."
 )
+ONE_A_GROUP = "Of copies of one slice, or slices of one patient, one is shown."
 
 
 @dataclass(frozen=True)
@@ -54,24 +55,28 @@ def draw_galleries(
 ) -> list[Gallery]:
     """Galleries of at most `n` right, wrong and most uncertain images; none where `n` is 0 or there are no such images.
 
-    `rows` holds path, label, predicted, confidence (of the predicted class), sha256 and is_phantom of each test image.
+    `rows` holds path, group, label, predicted, confidence (of the predicted class), sha256 and is_phantom of each test
+    image. A gallery shows one image of a group at most, lest it be filled by copies of one.
     """
     rows = rows.sort_values("path", ignore_index=True)
     is_right = rows["label"] == rows["predicted"]
-    by_confidence = rows.sort_values("confidence", kind="stable")
     artist = _Artist(dataset, model, rows, privacy)
-    right, wrong = _of_each_class(rows[is_right], n), rows[~is_right].sort_values("confidence", ascending=False)[:n]
+    right = _of_each_class(rows[is_right], n)
+    wrong = rows[~is_right].sort_values("confidence", ascending=False, kind="stable").drop_duplicates("group")[:n]
+    uncertain = rows.sort_values("confidence", kind="stable").drop_duplicates("group")[:n]
     kinds = {
         "Right": (right, f"{len(right)} of {is_right.sum():,} images that the model names rightly, of each class."),
-        "Wrong": (wrong, f"The {len(wrong)} of {(~is_right).sum():,} mistakes that the model is surest of."),
-        "Most uncertain": (by_confidence[:n], "The images whose most probable class is least probable."),
+        "Wrong": (wrong, f"{len(wrong)} of {(~is_right).sum():,} mistakes: those that the model is surest of."),
+        "Most uncertain": (uncertain, "The images whose most probable class is least probable."),
     }
-    return [artist.draw(title, told, chosen) for title, (chosen, told) in kinds.items() if len(chosen)]
+    return [
+        artist.draw(title, f"{told} {ONE_A_GROUP}", chosen) for title, (chosen, told) in kinds.items() if len(chosen)
+    ]
 
 
 def _of_each_class(rows: pd.DataFrame, n: int) -> pd.DataFrame:
-    """`n` rows, the classes in turn; of each class those with the first digests, so that chance chooses."""
-    ordered = rows.sort_values("sha256")
+    """`n` rows of different groups, the classes in turn; of each those with the first digests: chance chooses."""
+    ordered = rows.sort_values("sha256").drop_duplicates("group")
     turn = ordered.groupby("label").cumcount()
     return ordered.assign(turn=turn).sort_values(["turn", "label"], kind="stable")[:n].sort_values(["label", "path"])
 

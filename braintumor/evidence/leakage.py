@@ -24,7 +24,8 @@ def measure_leakage_of_scores(rows: pd.DataFrame, params: EvaluateParams) -> dic
         Haenszel's weights: what is left where copies are not merely more frequent in the easier classes;
       per_group: {accuracy, accuracy_interval}, where each group counts once, however many copies it has;
       over_neighbour: {difference, interval} of the accuracies of model and nearest neighbour;
-      warnings: sentences; none where the model is above the floor and no better on copies than elsewhere.
+      warnings: sentences; none where the model is above the floor and no better on copies than elsewhere. They call
+        the accuracy inflated unless same_mix shows that copies may just stand more often in the easier classes.
     Images with a copy in a folder that was not trained on may be easier or harder than others: of 'declared' there is
     no warning.
     """
@@ -122,11 +123,15 @@ def _warnings(
     everything, with_copies, copy_free = parts
     warnings = []
     if advantage and advantage["interval"][0] > 0:
+        so = (
+            "the accuracy on all test images is inflated; go by the copy-free one"
+            if is_inflated(advantage)
+            else "copies stand more often in the classes that are easier; that they help is not shown"
+        )
         warnings.append(
             f"{with_copies['n']} of {everything['n']} test images have copies among the training images, and there the "
             f"accuracy is {with_copies['accuracy']:.1%}, elsewhere {copy_free['accuracy']:.1%}, more than chance "
-            f"explains{_within_classes(advantage['same_mix'])}: the accuracy on all test images is inflated; go by the "
-            "copy-free one"
+            f"explains{_within_classes(advantage['same_mix'])}: {so}"
         )
     if over_neighbour["interval"][0] <= 0:
         warnings.append(
@@ -134,6 +139,12 @@ def _warnings(
             f"{everything['neighbour_accuracy']:.1%}: it may do no more than look training images up"
         )
     return warnings
+
+
+def is_inflated(advantage: Mapping[str, Any]) -> bool:
+    """Whether images with copies are easier beyond chance, and beyond what their mix of classes explains."""
+    same_mix = advantage["same_mix"]
+    return bool(advantage["interval"][0] > 0 and (same_mix is None or same_mix["interval"][0] > 0))
 
 
 def _within_classes(same_mix: Mapping[str, Any] | None) -> str:

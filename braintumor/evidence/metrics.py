@@ -8,7 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from braintumor.errors import UserError
-from braintumor.evidence.bootstrap import mean_interval
+from braintumor.evidence.bootstrap import mean_interval, percentile_interval, resampled_sums, widen_share
 from braintumor.evidence.calibration import brier_score, expected_calibration_error, negative_log_likelihood
 from braintumor.evidence.predictions import (
     OOD_COLUMN,
@@ -68,14 +68,14 @@ def _refuse_missing(table: pd.DataFrame, columns: Sequence[str], name: str) -> N
 def compute_metrics(predictions: pd.DataFrame, params: EvaluateParams) -> dict[str, Any]:
     """Figures of predictions.csv, n_test to confusion_matrix; the same rows in any order give the same figures.
 
-    Raises UserError where a figure would be undefined: a class without test images, a probability that is not finite,
-    or a prediction that is not the most probable class.
+    Raises UserError where a figure would be undefined: a class without test images, probabilities that are none, a path
+    that stands twice, or a prediction that is not the most probable class.
     """
     from sklearn.metrics import roc_auc_score
 
     predictions = predictions.sort_values("path", ignore_index=True)
     truth, predicted, probabilities = _checked(predictions)
-    groups = pd.factorize(predictions["group"])[0]
+    groups = pd.factorize(predictions["group"], sort=True)[0]
     n_groups = int(groups.max()) + 1
     by_group = np.zeros((n_groups, len(CLASS_NAMES), len(CLASS_NAMES)))
     np.add.at(by_group, (groups, truth, predicted), 1)
@@ -101,8 +101,13 @@ def compute_metrics(predictions: pd.DataFrame, params: EvaluateParams) -> dict[s
 def _checked(predictions: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     _refuse_missing(predictions, PREDICTION_COLUMNS, "predictions.csv")
     probabilities = predictions[list(PROBABILITY_COLUMNS)].to_numpy(float)
-    if not np.isfinite(probabilities).all() or not np.allclose(probabilities.sum(axis=1), 1, atol=1e-3):
+    # Not a number is not at least 0 either.
+    if not (probabilities >= 0).all() or not np.allclose(probabilities.sum(axis=1), 1, atol=1e-3):
         raise UserError("predictions.csv holds rows that are no probabilities; run 'braintumor evaluate' again")
+    if (twice := predictions["path"].duplicated()).any():
+        raise UserError(
+            f"predictions.csv names {predictions['path'][twice].iloc[0]} twice; run 'braintumor evaluate' again"
+        )
     classes = {name: index for index, name in enumerate(CLASS_NAMES)}
     truth, predicted = predictions["label"].map(classes), predictions["predicted"].map(classes)
     if truth.isna().any() or predicted.isna().any():
@@ -136,20 +141,13 @@ def _ratio(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.
 
 
 def _intervals(by_group: NDArray[np.float64], params: EvaluateParams) -> dict[str, list[float]]:
-    """Percentile intervals over resamples of whole groups (Efron & Tibshirani 1993, chapter 13).
+    """Percentile intervals over resamples of whole groups, widened as those of any other share (`widen_share`).
 
-    A figure of exactly 1 gives resamples without spread. The interval then reaches down to Clopper & Pearson's bound
-    (1934) for as many groups, all of them right, as the figure rests on: all, those with a tumour, those without, or
-    for the means over classes those of the smallest class. So a small test set can't claim certainty.
+    The groups that a figure rests on are all, those with a tumour, those without, or for the means over classes those
+    of the class that is in the fewest. So a small test set can't claim certainty.
     """
-    from scipy.stats import beta
-
     n_groups = len(by_group)
-    draws = np.random.default_rng(params.seed).multinomial(
-        n_groups, np.full(n_groups, 1 / n_groups), size=params.bootstrap_samples
-    )
-    resampled = (draws @ by_group.reshape(n_groups, -1)).reshape(-1, *by_group.shape[1:])
-    tail = (1 - params.confidence_level) / 2
+    resampled = resampled_sums(by_group.reshape(n_groups, -1), params).reshape(-1, *by_group.shape[1:])
     has_class = by_group.sum(axis=2) > 0
     smallest = int(has_class.sum(axis=0).min())
     resting_on = {
@@ -160,13 +158,10 @@ def _intervals(by_group: NDArray[np.float64], params: EvaluateParams) -> dict[st
         "macro_f1": smallest,
     }
     point = figures_of_confusion(by_group.sum(axis=0))
-    intervals = {}
-    for name, values in figures_of_confusion(resampled).items():
-        low, high = np.quantile(values, [tail, 1 - tail])
-        if point[name] == 1:
-            low = min(low, beta.ppf(tail, resting_on[name], 1))
-        intervals[name] = [float(low), float(high)]
-    return intervals
+    return {
+        name: widen_share(float(point[name]), percentile_interval(values, params), resting_on[name], params)
+        for name, values in figures_of_confusion(resampled).items()
+    }
 
 
 def _per_class(

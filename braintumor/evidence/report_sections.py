@@ -148,6 +148,7 @@ def _given(evidence: Facts, name: str, show: Any, *more: Any) -> Iterator[Html]:
 
 WHY_NOT = {
     "robustness": "The parameter evaluate.robustness_images is 0.",
+    "explanation": "The parameter evaluate.gallery_images is 0.",
     "ood": "The model gives no score of how unlike the training's an image is.",
 }
 
@@ -410,7 +411,12 @@ def _calibration(found: Facts) -> Iterator[Html]:
         ),
     ]
     rows = [
-        (what, number(f"{before[name]:.4f}"), number(f"{after[name]:.4f}"), number(_ends(after[f"{name}_interval"])))
+        (
+            what,
+            number(f"{before[name]:.4f}"),
+            number(f"{after[name]:.4f}"),
+            number(_ends(after.get(f"{name}_interval"))),
+        )
         for name, what in CALIBRATION_FIGURES.items()
     ]
     bins = [
@@ -431,8 +437,8 @@ def _calibration(found: Facts) -> Iterator[Html]:
     yield _pair(finding, drawn, told, joined(numbers))
 
 
-def _ends(interval: Sequence[float]) -> str:
-    return f"{interval[0]:.4f} to {interval[1]:.4f}"
+def _ends(interval: Sequence[float] | None) -> str | None:
+    return f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else None
 
 
 def _bins_told(bins: Sequence[Facts]) -> str:
@@ -511,11 +517,14 @@ def _triage(found: Facts) -> Iterator[Html]:
     if recommended:
         alt += f", {percent(1 - recommended[1])} if the recommended {percent(recommended[0])} are"
     drawn = plot(plots.draw_risk_coverage(curve, found["max_error"], recommended), f"{alt}.")
+    how = "The least confident images are referred first."
+    if found["threshold"] is not None:
+        how += (
+            " The threshold is chosen on calibration images, so that at most "
+            f"{percent(found['max_error'])} of the answers kept are wrong."
+        )
     told = [
-        _text(
-            "The least confident images are referred first. The threshold is chosen on calibration images, so that at "
-            f"most {percent(found['max_error'])} of the answers kept are wrong."
-        ),
+        _text(how),
         _text(sentence(found["remark"])),
         _text(
             f"Area under the curve {found['aurc']:.4f} ({_ends(found['aurc_interval'])}); {found['aurc_perfect']:.4f} "
@@ -671,7 +680,7 @@ def _comparison(found: Facts) -> Iterator[Html]:
     dots = [Dot(name, 100 * entry["difference"], [100 * end for end in entry["interval"]]) for name, entry in entries]
     drawing = plots.draw_dots(dots, "this model less the champion, points", reference=(0, "equal"), is_share=False)
     alt = "; ".join(f"{dot.name} {dot.value:+.1f}" for dot in dots)
-    without = f", without {found['n_excluded']:,} that it was trained on" if found["n_excluded"] else ""
+    without = f", without {found['n_excluded']:,} that it or this model was trained on" if found["n_excluded"] else ""
     told = _text(
         f"Version {found['champion']} on the same {found['n']:,} images in {found['n_groups']:,} groups{without}. Only "
         f"this model is right on {found['only_challenger_right']:,}, only the champion on "

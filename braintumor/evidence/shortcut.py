@@ -48,12 +48,19 @@ def measure_shortcut(rows: pd.DataFrame, importances: Mapping[str, float], param
             "accuracy": float(failed.mean()) if len(failed) else None,
             "accuracy_interval": mean_interval(failed, groups_failed, params) if len(failed) else None,
         },
-        "warning": _warning(accuracy, floor, share_of_gain, interval),
+        "warning": _warning(accuracy, floor, chance, share_of_gain, interval),
     }
 
 
-def _warning(accuracy: float, floor: float, share_of_gain: float | None, over: list[float]) -> str | None:
-    if over[0] <= 0 or share_of_gain is None:
+def _warning(
+    accuracy: float, floor: float, chance: float, share_of_gain: float | None, over: list[float]
+) -> str | None:
+    if share_of_gain is None:
+        return (
+            f"the model, at {accuracy:.1%}, is no better than naming the largest class every time, at {chance:.1%}: it "
+            "gains nothing that a shortcut could explain"
+        )
+    if over[0] <= 0:
         return (
             f"the model, at {accuracy:.1%}, is not clearly above what nine statistics of the image reach, {floor:.1%}: "
             "it may have learned where images come from rather than what they show"

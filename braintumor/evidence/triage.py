@@ -1,5 +1,6 @@
 """Which images the model may keep, and which it refers to a radiologist."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def measure_triage(
     accuracy_interval | None, n_referred, n_wrong_kept} | None, both None without a threshold; n_wrong: of all test
     images; aurc, aurc_interval, aurc_perfect and aurc_random: area under the risk-coverage curve, of an order that puts
     all errors last, and of none; curve [{kept: share, accuracy, threshold}], at most 100 points, fewest kept first;
-    remark.
+    remark. Within a single group of test images the aurc_interval is [0, 1].
 
     Risk and coverage as in Geifman & El-Yaniv 2017: images whose score is at least the threshold are kept.
     """
@@ -58,6 +59,11 @@ def measure_triage(
         "curve": _curve(scores, is_wrong),
         "remark": _remark(chosen, tried[0] if tried else None, test, n_needed, params),
     }
+
+
+def breaks_promise(test: Mapping[str, Any] | None, max_error: float) -> bool:
+    """Whether more of the kept test images are wrong than may be, and not just by the chance of the draw."""
+    return bool(test and test["accuracy"] is not None and 1 - test["accuracy_interval"][1] > max_error)
 
 
 def _judged(
@@ -153,7 +159,7 @@ def _area(
     draws = resample_groups(len(codes), params)[:, group_of].astype(float)
     return {
         "aurc": float(areas(np.ones((1, len(order))))[0]),
-        "aurc_interval": percentile_interval(areas(draws), params),
+        "aurc_interval": percentile_interval(areas(draws), params) if len(codes) > 1 else [0.0, 1.0],
     }
 
 
@@ -196,7 +202,7 @@ def _remark(
     )
     if test["accuracy"] is None:
         return f"{promise} None of the test images is kept."
-    if 1 - test["accuracy_interval"][1] > params.triage_max_error:
+    if breaks_promise(test, params.triage_max_error):
         return (
             f"{promise} The test images break this: {_percent(1 - test['accuracy'])} of the kept ones are wrong; "
             "don't rely on the threshold for images like them."

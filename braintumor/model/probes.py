@@ -14,6 +14,19 @@ from braintumor.data.dicom import read_shipped
 from braintumor.model.images import Grey, resize_square
 from braintumor.model.perturbations import content_seed
 
+# What the images of each kind are.
+PROBE_KINDS = {
+    "photographs": "squares cut out of two photographs, a temple and a flower",
+    "noise": "grey levels by chance, each pixel for itself",
+    "texture": "test slices whose phases are left to chance: their spectrum, without a head",
+    "other organs": "abdomen (MR), thorax (CT), skeleton (scintigraphy), heart and lymph node (ultrasound)",
+    "turned by 90°": "test slices lying on a side; the score learned from training images so turned",
+    "turned by 180°": "test slices upside down; the score learned from training images so turned",
+    "inverted": "test slices, black for white",
+    "cropped": "a corner of a test slice, enlarged to the whole image",
+    "blank": "one grey level each, from black to white",
+    "web page": "a test slice as a small picture on a page of text",
+}
 WHITE = 255
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 # Abdomen (MR), thorax (CT), whole body (scintigraphy), heart and lymph node (ultrasound).
@@ -50,39 +63,23 @@ def draw_probes(test_images: NDArray[np.uint8], n_each: int, seed: int) -> dict[
         images = [change(image, np.random.default_rng((seed, kind, content_seed(image)))) for image in slices]
         return np.stack(images)[..., None]
 
-    return {
-        "photographs": Probe(
-            "squares cut out of two photographs, a temple and a flower",
-            drawn(0, lambda index, random: _cut_square(photographs[index % len(photographs)], size_px, random)),
+    images = {
+        "photographs": drawn(
+            0, lambda index, random: _cut_square(photographs[index % len(photographs)], size_px, random)
         ),
-        "noise": Probe(
-            "grey levels by chance, each pixel for itself",
-            drawn(1, lambda index, random: random.integers(0, WHITE + 1, (size_px, size_px)).astype(np.uint8)),
+        "noise": drawn(1, lambda index, random: random.integers(0, WHITE + 1, (size_px, size_px)).astype(np.uint8)),
+        "texture": changed(2, _scramble),
+        "other organs": drawn(3, lambda index, random: _cut(organs[index % len(organs)], 0.75, size_px, random)),
+        "turned by 90°": changed(4, lambda image, random: np.rot90(image, random.choice([1, 3]))),
+        "turned by 180°": changed(5, lambda image, random: np.rot90(image, 2)),
+        "inverted": changed(6, lambda image, random: WHITE - image),
+        "cropped": changed(7, _crop),
+        "blank": drawn(
+            8, lambda index, random: np.full((size_px, size_px), WHITE * index // max(1, n_each - 1), np.uint8)
         ),
-        "texture": Probe(
-            "test slices whose phases are left to chance: their spectrum, without a head",
-            changed(2, _scramble),
-        ),
-        "other organs": Probe(
-            "abdomen (MR), thorax (CT), skeleton (scintigraphy), heart and lymph node (ultrasound)",
-            drawn(3, lambda index, random: _cut(organs[index % len(organs)], 0.75, size_px, random)),
-        ),
-        "turned by 90°": Probe(
-            "test slices lying on a side; the score learned from training images so turned",
-            changed(4, lambda image, random: np.rot90(image, random.choice([1, 3]))),
-        ),
-        "turned by 180°": Probe(
-            "test slices upside down; the score learned from training images so turned",
-            changed(5, lambda image, random: np.rot90(image, 2)),
-        ),
-        "inverted": Probe("test slices, black for white", changed(6, lambda image, random: WHITE - image)),
-        "cropped": Probe("a corner of a test slice, enlarged to the whole image", changed(7, _crop)),
-        "blank": Probe(
-            "one grey level each, from black to white",
-            drawn(8, lambda index, random: np.full((size_px, size_px), WHITE * index // max(1, n_each - 1), np.uint8)),
-        ),
-        "web page": Probe("a test slice as a small picture on a page of text", changed(9, _put_on_page)),
+        "web page": changed(9, _put_on_page),
     }
+    return {kind: Probe(told, images[kind]) for kind, told in PROBE_KINDS.items()}
 
 
 def _choose(images: NDArray[np.uint8], count: int, seed: int) -> list[Grey]:

@@ -14,10 +14,13 @@ from braintumor.data.splits import find_units
 from braintumor.errors import RegistryUnreachable, UserError
 from braintumor.model.images import load_images
 from braintumor.model.inference import image_size_px, load_classifier, predict_probabilities
-from braintumor.progress import Progress
+from braintumor.progress import Progress, warn
 from braintumor.registry.server import connected
 from braintumor.registry.tracking import seen_images
 from braintumor.registry.versions import MODEL_DIGEST, download_model, run_of_version
+
+# A few images may be taken out of a data set without making a comparison worthless.
+MAX_LOST_SHARE = 0.01
 
 
 class ChampionUnusable(UserError):
@@ -56,11 +59,27 @@ def fetch_champion(facts: Mapping[str, Any], model_name: str, target: Path) -> C
     except (RegistryUnreachable, ChampionUnusable):
         raise
     except UserError as error:
-        raise ChampionUnusable(str(error)) from error
+        raise _unusable(version, "is not what was registered, or is gone", error) from error
+
+
+def _unusable(version: str, fact: str, error: UserError) -> ChampionUnusable:
+    # The reason becomes a part of the evidence: no folder and no server's address may stand there.
+    warn(str(error))
+    return ChampionUnusable(f"the model of version {version} {fact}")
 
 
 def groups_seen(champion: Champion, manifest: pd.DataFrame) -> set[str]:
-    """The duplicate groups of `manifest` that copies or patients link to an image that the champion was trained on."""
+    """The duplicate groups of `manifest` that copies or patients link to an image that the champion was trained on.
+
+    Raises ChampionUnusable where too many of these images are gone from the data set, or have other bytes by now:
+    which test images are copies of them, nobody can tell.
+    """
+    lost = len(champion.seen_sha256 - set(manifest["sha256"]))
+    if lost > MAX_LOST_SHARE * len(champion.seen_sha256):
+        raise ChampionUnusable(
+            f"{lost} of the {len(champion.seen_sha256)} images that version {champion.version} was trained on are no "
+            "longer in the data set, so its copies among the test images can't be told"
+        )
     units = find_units(manifest)
     seen = set(units[manifest["sha256"].isin(champion.seen_sha256)])
     return set(manifest.loc[units.isin(seen), "duplicate_group"])
@@ -69,10 +88,19 @@ def groups_seen(champion: Champion, manifest: pd.DataFrame) -> set[str]:
 def score_champion(
     champion: Champion, dataset: Path, paths: Sequence[str], images: NDArray[np.uint8], progress: Progress
 ) -> NDArray[np.float64]:
-    """Probabilities (n, 4) of the champion for `paths`; `images` are these as the challenger takes them."""
-    classifier = load_classifier(champion.model)
+    """Probabilities (n, 4) of the champion for `paths`; `images` are these as the challenger takes them.
+
+    Raises ChampionUnusable for a model that can't be loaded, or gives numbers that are not finite.
+    """
+    try:
+        classifier = load_classifier(champion.model)
+    except UserError as error:
+        raise _unusable(champion.version, "can't be loaded", error) from error
     size_px = image_size_px(classifier)
     if size_px != images.shape[1]:
         advance = progress("evaluate: decoding for the champion", len(paths))
         images = load_images(dataset, list(paths), size_px, advance)
-    return predict_probabilities(classifier, images).astype(float)
+    try:
+        return predict_probabilities(classifier, images).astype(float)
+    except UserError as error:
+        raise _unusable(champion.version, "gives no finite probabilities", error) from error

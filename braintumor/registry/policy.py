@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from braintumor.artifacts import JUDGED_FILES, sha256_key
 from braintumor.labels import CLASS_NAMES
 from braintumor.params import Bound, GateParams
 
@@ -23,14 +24,7 @@ NEEDED_FIGURES = (
     "ood_auroc",
 )
 NEEDED_CLASS_FIGURES = ("recall", "specificity", "precision", "f1")
-NEEDED_DIGESTS = (
-    "data_md5",
-    "splits_sha256",
-    "model_digest",
-    "predictions_sha256",
-    "ood_scores_sha256",
-    "evidence_sha256",
-)
+NEEDED_DIGESTS = ("data_md5", "splits_sha256", "model_digest", *map(sha256_key, JUDGED_FILES))
 
 
 @dataclass(frozen=True)

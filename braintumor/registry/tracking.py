@@ -21,7 +21,7 @@ from braintumor import artifacts
 from braintumor.artifacts import digest_of_files, read_json, sha256_of_file
 from braintumor.data.profile import load_profile
 from braintumor.errors import UserError
-from braintumor.params import Params
+from braintumor.params import Params, PrivacyParams
 from braintumor.progress import warn
 from braintumor.registry.server import ARTIFACT_FOLDER, connected, database_file, error_code, holds_nothing_yet
 
@@ -41,6 +41,11 @@ OUTCOME = "outcome"
 DATA_ARTIFACTS = "data"
 DATA_DOCS_PAGE = f"{DATA_ARTIFACTS}/{artifacts.DATA_DOCS}/index.html"
 PROFILE_SHA256 = "profile_sha256"
+EVALUATION_ARTIFACTS = "evaluation"
+# Under which rules the pictures in a run's evaluation were drawn.
+PRIVACY = "evaluation.privacy"
+# Why a promoted model is compared with nothing when it is evaluated again.
+SAME_MODEL = "the champion is this very model"
 # Among a run's artifacts: the digest of each image file that the model was trained on; a digest names no patient.
 SEEN_LIST = "training/seen_images.sha256"
 SEEN_LIST_SHA256 = "seen_images_sha256"
@@ -130,7 +135,7 @@ def publish(
         run_id = _find_run(client, digest, training.get("mlflow_run_id")) or _open_run(client, params, training)
         _publish_training(client, run_id, model, training)
         if evaluation is not None:
-            _publish_evaluation(client, run_id, evaluation, digest)
+            _publish_evaluation(client, run_id, evaluation, digest, params.privacy)
         if decision is not None:
             _publish_decision(client, run_id, decision, digest)
         if validation is not None:
@@ -227,7 +232,7 @@ def _artifact_location() -> str | None:
 
 def _read_training(model: Path) -> dict[str, Any]:
     training = read_json(model / artifacts.TRAINING, "braintumor train")
-    for key in ("data_md5", "splits_sha256", "model_digest", "params"):
+    for key in ("data_md5", "splits_sha256", "model_digest", "params", "seen_images_sha256"):
         if key not in training:
             raise UserError(f"{model / artifacts.TRAINING} has no {key}; run 'braintumor train' again")
     return training
@@ -329,15 +334,15 @@ def _publish_training(client: "MlflowClient", run_id: str, model: Path, training
     for name in (artifacts.LEARNING_CURVE, artifacts.HISTORY, artifacts.LABELS, artifacts.TRAINING):
         if (model / name).is_file():
             client.log_artifact(run_id, str(model / name), "training")
-    _log_seen_images(client, run_id, model / artifacts.SEEN_IMAGES)
+    _log_seen_images(client, run_id, model / artifacts.SEEN_IMAGES, training["seen_images_sha256"])
     set_tags(client, run_id, {f"{OUTCOME}.train": "trained", OUTCOME: "trained"})
     end_run(client, client.get_run(run_id), "FINISHED")
     _mark_published(client, run_id, "training", digest)
 
 
-def _log_seen_images(client: "MlflowClient", run_id: str, file: Path) -> None:
-    if not file.is_file():
-        raise UserError(f"{file} is missing; run 'braintumor train' again")
+def _log_seen_images(client: "MlflowClient", run_id: str, file: Path, sha256: object) -> None:
+    if not file.is_file() or sha256_of_file(file) != sha256:
+        raise UserError(f"{file} is missing or was changed; run 'braintumor train' again")
     digests = sorted(set(pd.read_csv(file, dtype=str)["sha256"]))
     with tempfile.TemporaryDirectory() as scratch:
         listed = Path(scratch) / Path(SEEN_LIST).name
@@ -362,28 +367,38 @@ def seen_images(client: "MlflowClient", run_id: str, scratch: Path) -> frozenset
     return frozenset(file.read_text(encoding="utf-8").split())
 
 
-def _publish_evaluation(client: "MlflowClient", run_id: str, evaluation: Path, digest: str) -> None:
+def _publish_evaluation(
+    client: "MlflowClient", run_id: str, evaluation: Path, digest: str, privacy: PrivacyParams
+) -> None:
     file = evaluation / artifacts.METRICS
     metrics = read_json(file, "braintumor evaluate")
     if metrics.get(MODEL_DIGEST) != digest:
         raise UserError(f"{file} judges another model; run 'braintumor evaluate' again")
     # predictions.csv, label_errors.csv and the curves stay here: file names may tell who the patients are.
-    shown = [file, *(evaluation / name for name in (artifacts.EVIDENCE, artifacts.REPORT)), *evaluation.glob("*.png")]
-    files = sorted(path for path in shown if path.is_file())
+    names = {artifacts.METRICS, *artifacts.JUDGED_FILES} - {artifacts.PREDICTIONS}
+    files = sorted(path for path in (evaluation / name for name in names) if path.is_file())
     digest = digest_of_files(evaluation, files)
-    if _is_published(client, run_id, "evaluation", digest):
+    if _is_published(client, run_id, EVALUATION_ARTIFACTS, digest):
         return
     run = client.get_run(run_id)
+    shown_before = {PRIVACY: privacy.model_dump_json()}.items() <= run.data.tags.items()
+    comparison = read_json(evaluation / artifacts.EVIDENCE, "braintumor evaluate").get("comparison") or {}
+    # It was promoted since: the comparison with its predecessor, on which that rested, stays.
+    if shown_before and comparison.get("reason") == SAME_MODEL:
+        return
     _log_changed(client, run, test_figures(metrics))
     set_tags(
         client, run_id, {name: str(metrics[name]) for name in ("protocol", "claim", "test_md5") if metrics.get(name)}
     )
-    # Pictures that privacy forbids by now may be among the earlier ones.
-    _delete_artifacts(client, run, "evaluation")
+    # Pictures that privacy forbids by now may be among the earlier ones. Until all is there again, none is promised.
+    for tag in {PRIVACY, f"published.{EVALUATION_ARTIFACTS}"} & run.data.tags.keys():
+        client.delete_tag(run_id, tag)
+    _delete_artifacts(client, run, EVALUATION_ARTIFACTS)
     for path in files:
-        client.log_artifact(run_id, str(path), "evaluation")
-    set_tags(client, run_id, {f"{OUTCOME}.evaluate": "evaluated"})
-    _mark_published(client, run_id, "evaluation", digest)
+        client.log_artifact(run_id, str(path), EVALUATION_ARTIFACTS)
+    set_tags(client, run_id, {f"{OUTCOME}.evaluate": "evaluated", PRIVACY: privacy.model_dump_json()})
+    _add_to_note(client, run, "Report of the evaluation", f"{EVALUATION_ARTIFACTS}/{artifacts.REPORT}")
+    _mark_published(client, run_id, EVALUATION_ARTIFACTS, digest)
 
 
 def _publish_decision(client: "MlflowClient", run_id: str, decision: Path, digest: str) -> None:
@@ -431,16 +446,24 @@ def _publish_validation(client: "MlflowClient", run_id: str, validation: Path, d
     _delete_artifacts(client, run, DATA_ARTIFACTS)
     client.log_artifact(run_id, str(file), DATA_ARTIFACTS)
     client.log_artifacts(run_id, str(docs), f"{DATA_ARTIFACTS}/{artifacts.DATA_DOCS}")
-    place = f"#/experiments/{run.info.experiment_id}/runs/{run_id}/artifacts/{DATA_DOCS_PAGE}"
     tags = {
         PROFILE_SHA256: sha256_of_file(file),
         artifacts.DATA_DOCS: DATA_DOCS_PAGE,
         f"{OUTCOME}.validate": f"{len(findings)} warnings",
     }
-    if not run.data.tags.get(NOTE):
-        tags[NOTE] = f"[Data Docs of the images]({place})"
     set_tags(client, run_id, tags)
+    _add_to_note(client, run, "Data Docs of the images", DATA_DOCS_PAGE)
     _mark_published(client, run_id, "validation", digest)
+
+
+def _add_to_note(client: "MlflowClient", run: "Run", title: str, page: str) -> None:
+    """A link to one of the run's pages stands in its description, unless a person wrote that."""
+    run_id = run.info.run_id
+    pages = f"#/experiments/{run.info.experiment_id}/runs/{run_id}/artifacts/"
+    links = client.get_run(run_id).data.tags.get(NOTE, "").splitlines()
+    link = f"- [{title}]({pages}{page})"
+    if link not in links and all(pages in line for line in links):
+        client.set_tag(run_id, NOTE, "\n".join([*links, link]))
 
 
 def _delete_artifacts(client: "MlflowClient", run: "Run", folder: str) -> None:

@@ -20,25 +20,21 @@ from braintumor.data.privacy import shown_names
 from braintumor.data.split_artifact import SPLIT_FACTS, MadeSplit, load_split, refuse_other_data
 from braintumor.errors import UserError
 from braintumor.evidence import plots
-from braintumor.evidence.calibration import measure_calibration
 from braintumor.evidence.comparison import compare_with_champion, no_champion, not_comparable
-from braintumor.evidence.conformal import measure_conformal
 from braintumor.evidence.explanation import measure_explanation
 from braintumor.evidence.gallery import Gallery, draw_galleries
-from braintumor.evidence.leakage import measure_leakage_of_scores
 from braintumor.evidence.metrics import compute_test_metrics
 from braintumor.evidence.mistakes import find_label_errors, measure_mistakes
+from braintumor.evidence.of_scores import arrays, sections_of_scores
 from braintumor.evidence.predictions import PROBABILITY_COLUMNS, make_predictions, read_predictions, write_table
 from braintumor.evidence.report import write_report
-from braintumor.evidence.shift import measure_ood, measure_robustness, robustness_images_scored
-from braintumor.evidence.shortcut import measure_shortcut
+from braintumor.evidence.shift import measure_robustness, robustness_images_scored
 from braintumor.evidence.slices import facts_of, measure_slices
-from braintumor.evidence.triage import measure_triage
 from braintumor.labels import CLASS_NAMES
 from braintumor.model.checkpoints import clear_finished
 from braintumor.model.images import load_images
 from braintumor.model.inference import image_size_px, load_classifier, predict, predict_probabilities
-from braintumor.model.probes import draw_probes
+from braintumor.model.probes import PROBE_KINDS, draw_probes
 from braintumor.model.saved import model_digest
 from braintumor.model.servable import temperature_of
 from braintumor.params import Params
@@ -91,22 +87,25 @@ def evaluate(
     RegistryUnreachable where there is a champion, and MLflow does not answer.
     """
     subject = _load(open_dataset(dataset, progress), validation, splits, model, progress)
-    outputs = predict(subject.classifier, subject.images)
+    probes = draw_probes(subject.images, params.evaluate.ood_probes, params.evaluate.seed)
+    kinds = np.repeat([*probes], [len(probe.images) for probe in probes.values()])
+    # At once: each call of the network costs a start of its own.
+    outputs = predict(
+        subject.classifier, np.concatenate([subject.images, *(probe.images for probe in probes.values())])
+    )
     if outputs.ood_scores is None:
         raise UserError(f"{model / artifacts.MODEL} has no out-of-distribution score; run 'braintumor train' again")
-    probes = draw_probes(subject.images, params.evaluate.ood_probes, params.evaluate.seed)
-    probe_scores = {kind: predict(subject.classifier, probe.images).ood_scores for kind, probe in probes.items()}
+    n = len(subject.rows)
 
     with artifacts.replacing_directory(output) as folder:
-        predictions = make_predictions(subject.rows, outputs.probabilities, outputs.ood_scores)
+        predictions = make_predictions(subject.rows, outputs.probabilities[:n], outputs.ood_scores[:n])
         floors = subject.made.floors.set_index("path").loc[predictions["path"]]
         predictions = predictions.assign(
             **{name: subject.rows[name].to_numpy() for name in ("is_leaked", "is_declared_copy")},
             **{name: floors[name].to_numpy() for name in ("neighbour_label", "statistics_label")},
         )
         write_table(predictions, folder / artifacts.PREDICTIONS)
-        scored = [pd.DataFrame({"kind": kind, "ood_score": scores}) for kind, scores in probe_scores.items()]
-        write_table(pd.concat(scored), folder / artifacts.OOD_SCORES)
+        write_table(pd.DataFrame({"kind": kinds, "ood_score": outputs.ood_scores[n:]}), folder / artifacts.OOD_SCORES)
         # The figures come from the files, as whoever checks them has them.
         predictions = read_predictions(folder / artifacts.PREDICTIONS)
         ood_scores = read_predictions(folder / artifacts.OOD_SCORES)
@@ -118,19 +117,23 @@ def evaluate(
             "ood_scores_sha256": artifacts.sha256_of_file(folder / artifacts.OOD_SCORES),
             **{fact: subject.made.summary[fact] for fact in SPLIT_FACTS},
         }
-        held_out = pd.concat([predictions, subject.calibration], ignore_index=True)
+        # Labels of images that were learnt are learnt with them.
+        held_out = pd.concat([predictions[~predictions["is_leaked"]], subject.calibration], ignore_index=True)
         label_errors = find_label_errors(held_out)
         label_errors.to_csv(folder / artifacts.LABEL_ERRORS, index=False, lineterminator="\n")
-        told = {kind: probe.told for kind, probe in probes.items()}
         evidence = {
             "schema_version": EVIDENCE_SCHEMA_VERSION,
             **bound,
-            **_figures_of_scores(subject, predictions, params),
-            "ood": measure_ood(
-                predictions["ood_score"].to_numpy(float),
-                {str(kind): rows["ood_score"].to_numpy(float) for kind, rows in ood_scores.groupby("kind")},
-                told,
+            **sections_of_scores(
+                predictions,
+                ood_scores,
+                PROBE_KINDS,
+                subject.calibration,
+                temperature_of(subject.classifier),
+                subject.made.summary["statistics_importances"],
+                params.evaluate,
             ),
+            "slices": _slices(subject, predictions, params),
             "mistakes": _mistakes(subject, predictions, label_errors, len(held_out), params),
             "comparison": _comparison(subject, context, predictions, params, progress),
             "robustness": _robustness(subject, params, progress),
@@ -140,10 +143,8 @@ def evaluate(
         metrics = {
             **bound,
             "schema_version": SCHEMA_VERSION,
-            "evidence_sha256": artifacts.sha256_of_file(folder / artifacts.EVIDENCE),
             **compute_test_metrics(predictions, ood_scores, params.evaluate),
         }
-        artifacts.write_json(folder / artifacts.METRICS, metrics)
         plots.plot_confusion_matrix(metrics, folder / artifacts.CONFUSION_MATRIX)
         plots.plot_roc_curves(predictions, metrics, folder / artifacts.ROC_CURVES)
         plots.plot_per_class(metrics, folder / artifacts.PER_CLASS)
@@ -152,6 +153,10 @@ def evaluate(
             curve.to_csv(folder / artifacts.CURVES / name, index=False, lineterminator="\n")
         galleries = _galleries(subject, predictions, params)
         write_report(metrics, evidence, galleries, subject.training, folder / artifacts.REPORT)
+        metrics |= {
+            artifacts.sha256_key(name): artifacts.sha256_of_file(folder / name) for name in artifacts.JUDGED_FILES
+        }
+        artifacts.write_json(folder / artifacts.METRICS, metrics)
     tracking.publish_if_reachable(params, model=model, evaluation=output)
     clear_finished(subject.training.get("training_key"))
     return metrics
@@ -196,29 +201,10 @@ def _refuse_other_training(training: Mapping[str, Any], model: Path, digest: str
             )
 
 
-def _figures_of_scores(subject: _Subject, predictions: pd.DataFrame, params: Params) -> dict[str, Any]:
-    """The sections that need nothing but predictions and facts of the images."""
-    truth, probabilities, groups = _arrays(predictions)
-    calibration = _arrays(subject.calibration)
+def _slices(subject: _Subject, predictions: pd.DataFrame, params: Params) -> list[dict[str, Any]]:
     facts = facts_of(subject.manifest, patients.rows_of(subject.dataset), params.validation)
     known = predictions.merge(facts, on="path", how="left", validate="one_to_one")
-    return {
-        "calibration": measure_calibration(
-            truth, probabilities, groups, temperature_of(subject.classifier), params.evaluate
-        ),
-        "conformal": measure_conformal(*calibration, truth, probabilities, groups, params.evaluate),
-        "triage": measure_triage(*calibration, truth, probabilities, groups, params.evaluate),
-        "slices": measure_slices(known, params.evaluate),
-        "leakage": measure_leakage_of_scores(predictions, params.evaluate),
-        "shortcut": measure_shortcut(predictions, subject.made.summary["statistics_importances"], params.evaluate),
-    }
-
-
-def _arrays(rows: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    """True classes, probabilities and groups of the rows."""
-    truth = rows["label"].map(CLASS_NAMES.index).to_numpy(np.int64)
-    groups = pd.factorize(rows["group"], sort=True)[0].astype(np.int64)
-    return truth, rows[list(PROBABILITY_COLUMNS)].to_numpy(float), groups
+    return measure_slices(known, params.evaluate)
 
 
 def _mistakes(
@@ -272,27 +258,28 @@ def _galleries(subject: _Subject, predictions: pd.DataFrame, params: Params) -> 
 def _comparison(
     subject: _Subject, context: Path, predictions: pd.DataFrame, params: Params, progress: Progress
 ) -> dict[str, Any]:
-    """The champion on the same images, less the groups of which it has seen an image in its training."""
+    """The champion on the same images, less the groups of which either model was trained on an image."""
     facts = artifacts.read_json(context / artifacts.CONTEXT, "braintumor resolve").get("champion")
     if facts is None:
         return no_champion()
     version = str(facts["version"])
     if facts.get("model_digest") == subject.digest:
-        return not_comparable("the champion is this very model", version)
+        return not_comparable(tracking.SAME_MODEL, version)
     try:
         with tempfile.TemporaryDirectory(prefix="braintumor-champion-") as folder:
             champion = fetch_champion(facts, params.registration.model_name, Path(folder))
             paths = list(subject.rows["path"])
+            seen_groups = groups_seen(champion, subject.manifest)
             its_probabilities = score_champion(champion, subject.dataset, paths, subject.images, progress)
     except ChampionUnusable as error:
         return not_comparable(str(error), version)
-    truth, probabilities, groups = _arrays(predictions)
+    truth, probabilities, groups = arrays(predictions)
     return compare_with_champion(
         truth,
         probabilities,
         its_probabilities,
         groups,
-        subject.rows["duplicate_group"].isin(groups_seen(champion, subject.manifest)).to_numpy(bool),
+        (subject.rows["duplicate_group"].isin(seen_groups) | subject.rows["is_leaked"]).to_numpy(bool),
         params.evaluate,
         version,
     )

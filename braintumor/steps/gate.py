@@ -45,24 +45,35 @@ def judge(evaluation: Path, context: Path, params: GateParams) -> Decision:
     if not isinstance(current_data_md5, str) or not current_data_md5:
         raise UserError(f"{context / artifacts.CONTEXT} has no data_md5; run 'braintumor resolve' again")
     decision = decide(metrics, params, current_data_md5)
-    untouched = tuple(_untouched(evaluation / name, metrics) for name in artifacts.JUDGED_FILES)
+    untouched = _untouched(evaluation, metrics)
     return replace(
         decision,
-        passed=decision.passed and all(check.passed for check in untouched),
-        checks=(*decision.checks, *untouched),
+        passed=decision.passed and untouched.passed,
+        checks=(*decision.checks, untouched),
         digests=decision.digests | {"metrics_sha256": sha256_of_file(evaluation / artifacts.METRICS)},
     )
 
 
-def _untouched(path: Path, metrics: Mapping[str, Any]) -> Check:
-    recorded = metrics.get(f"{path.stem}_sha256")
-    found = sha256_of_file(path) if path.is_file() else None
-    is_untouched = found is not None and found == recorded
-    if is_untouched:
-        reason = f"{path.name} is the file that belongs to the metrics"
-    elif found is None:
-        reason = f"{path} is missing; run 'braintumor evaluate' again"
-    else:
-        reason = f"{path} is not the file that belongs to the metrics; run 'braintumor evaluate' again"
-    shown = recorded if isinstance(recorded, str) else None
-    return Check(f"{path.stem}_untouched", found, shown, True, is_untouched, reason)
+def _untouched(evaluation: Path, metrics: Mapping[str, Any]) -> Check:
+    """Whether the files are those that the metrics name."""
+    paths = [evaluation / name for name in artifacts.JUDGED_FILES]
+    missing = [path for path in paths if not path.is_file()]
+    changed = [
+        path
+        for path in paths
+        if path not in missing and sha256_of_file(path) != metrics.get(artifacts.sha256_key(path.name))
+    ]
+    problems = [
+        *(f"{path} is missing" for path in missing),
+        *(f"{path} is not the file that the metrics name" for path in changed),
+    ]
+    return Check(
+        name="files_untouched",
+        value=f"{len(problems)} problems",
+        threshold="0 problems",
+        required=True,
+        passed=not problems,
+        reason=f"{'; '.join(problems)}; run 'braintumor evaluate' again"
+        if problems
+        else f"{len(paths)} files are those that the metrics name",
+    )

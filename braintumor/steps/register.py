@@ -13,7 +13,9 @@ from braintumor.artifacts import read_json, replacing_directory, sha256_of_file,
 from braintumor.data.split_artifact import SPLIT_FACTS, MadeSplit, load_split
 from braintumor.errors import GateNotPassed, UserError
 from braintumor.evidence.metrics import compute_test_metrics
+from braintumor.evidence.of_scores import sections_of_scores
 from braintumor.evidence.predictions import read_predictions
+from braintumor.model.probes import PROBE_KINDS
 from braintumor.model.saved import model_digest
 from braintumor.params import Params
 from braintumor.progress import note
@@ -27,6 +29,7 @@ from braintumor.steps.gate import judge
 TRAIN, EVALUATE, GATE, RESOLVE = (f"braintumor {step}" for step in ("train", "evaluate", "gate", "resolve"))
 METRICS_TOLERANCE = 1e-9
 IMAGE_COLUMNS = ["path", "label", "group"]
+DIGESTS = ("data_md5", "splits_sha256", "model_digest", "predictions_sha256", "ood_scores_sha256")
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,11 @@ def _check_evidence(
     _refuse_other_images(predictions, made, evaluation / artifacts.PREDICTIONS)
     figures = compute_test_metrics(predictions, ood_scores, params.evaluate)
     _refuse_other_metrics(figures, metrics, evaluation / artifacts.METRICS)
+    calibration = read_predictions(model / artifacts.CALIBRATION, made_by=TRAIN)
+    evidence = read_json(evaluation / artifacts.EVIDENCE, EVALUATE)
+    _refuse_other_evidence(
+        evidence, metrics, predictions, ood_scores, calibration, training, made, params, evaluation / artifacts.EVIDENCE
+    )
     if recorded != judged.as_json():
         raise _stale(
             decision / artifacts.DECISION, "the rules, run again on the files that are here, decide otherwise", GATE
@@ -142,6 +150,8 @@ def _refuse_other_digests(
         (trained, training, "data_md5", made.data_md5, TRAIN),
         (trained, training, "splits_sha256", made.sha256, TRAIN),
         (trained, training, "model_digest", digest, TRAIN),
+        (trained, training, "calibration_sha256", _digest_of(model / artifacts.CALIBRATION), TRAIN),
+        (trained, training, "seen_images_sha256", _digest_of(model / artifacts.SEEN_IMAGES), TRAIN),
         (judged, metrics, "data_md5", made.data_md5, EVALUATE),
         (judged, metrics, "splits_sha256", made.sha256, EVALUATE),
         (judged, metrics, "model_digest", digest, EVALUATE),
@@ -150,8 +160,14 @@ def _refuse_other_digests(
         if content.get(name) != expected:
             raise _stale(file, f"its {name} is {content.get(name)}, here it is {expected}", command)
     for file in (evaluation / name for name in artifacts.JUDGED_FILES):
-        if not file.is_file() or sha256_of_file(file) != metrics.get(f"{file.stem}_sha256"):
+        if not file.is_file() or sha256_of_file(file) != metrics.get(artifacts.sha256_key(file.name)):
             raise _stale(file, f"{judged.name} belongs to another file", EVALUATE)
+
+
+def _digest_of(file: Path) -> str:
+    if not file.is_file():
+        raise UserError(f"{file} is missing; run '{TRAIN}' again. Nothing is registered")
+    return sha256_of_file(file)
 
 
 def _refuse_other_images(predictions: pd.DataFrame, made: MadeSplit, path: Path) -> None:
@@ -175,6 +191,37 @@ def _refuse_other_metrics(figures: Mapping[str, Any], metrics: Mapping[str, Any]
             raise _stale(path, f"its {name} is not what {artifacts.PREDICTIONS} gives", EVALUATE)
 
 
+def _refuse_other_evidence(
+    evidence: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    predictions: pd.DataFrame,
+    ood_scores: pd.DataFrame,
+    calibration: pd.DataFrame,
+    training: Mapping[str, Any],
+    made: MadeSplit,
+    params: Params,
+    path: Path,
+) -> None:
+    """The evidence is of the same files as the metrics, and says what predictions and scores say."""
+    for name in (*DIGESTS, *SPLIT_FACTS):
+        if evidence.get(name) != metrics.get(name):
+            raise _stale(path, f"its {name} is not that of the metrics", EVALUATE)
+    if set(ood_scores["kind"]) != set(PROBE_KINDS):
+        raise _stale(path.with_name(artifacts.OOD_SCORES), "it lacks kinds of images, or has others", EVALUATE)
+    sections = sections_of_scores(
+        predictions,
+        ood_scores,
+        PROBE_KINDS,
+        calibration,
+        training["temperature"],
+        made.summary["statistics_importances"],
+        params.evaluate,
+    )
+    for name, section in sections.items():
+        if not _agree(section, evidence.get(name)):
+            raise _stale(path, f"its section {name} is not what predictions and scores give", EVALUATE)
+
+
 def _agree(expected: object, found: object) -> bool:
     """The same structure, and numbers that differ by 1e-9 at most; NaN agrees with nothing."""
     if isinstance(expected, Mapping):
@@ -192,7 +239,7 @@ def _agree(expected: object, found: object) -> bool:
     if isinstance(expected, int | float) and not isinstance(expected, bool):
         is_number = isinstance(found, int | float) and not isinstance(found, bool)
         return is_number and math.isclose(expected, found, rel_tol=0, abs_tol=METRICS_TOLERANCE)  # type: ignore[arg-type]
-    return type(expected) is type(found) and expected == found
+    return type(expected) is type(found) and bool(expected == found)
 
 
 def _stale(file: Path, fact: str, command: str) -> UserError:

@@ -25,7 +25,7 @@ from braintumor.model.ood import fit_ood_score
 from braintumor.model.saved import model_digest
 from braintumor.model.servable import servable, temperature_of
 from braintumor.params import Params
-from braintumor.progress import Progress, note, silent
+from braintumor.progress import Progress, note, silent, warn
 from braintumor.registry import tracking
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def train(
     with tracking.training_run(params, made.data_md5) as run:
         history = training.History(on_epoch=run.log_epoch)
         resumed_after = _fit(classifier, images, params, history, checkpoints, progress)
-        model = _finish(classifier, images, params)
+        model = _finish(classifier, images, made, params)
         calibration = _predictions(model, made.part("calibration"), images["calibration"])
         summary = _save(
             model, history, calibration, made, seen, weights_sha256, key, output, params, started, resumed_after,
@@ -129,13 +129,21 @@ def _fit(
     return resumed_after
 
 
-def _finish(classifier: Classifier, images: dict[str, training.LabelledImages], params: Params) -> "keras.Model":
+def _finish(
+    classifier: Classifier, images: dict[str, training.LabelledImages], made: MadeSplit, params: Params
+) -> "keras.Model":
     """The model to serve, with temperature and out-of-distribution score fitted to the network of the best epoch."""
     network, train, calibration = classifier.network, images["train"], images["calibration"]
     logits = network.predict(calibration.images, batch_size=BATCH_SIZE, verbose=0)
-    head = fit_ood_score(
-        network, train.images, train.labels, calibration.images, params.train.ood_alarm_share, params.train.seed
-    )
+    # Copies would count as independent images, and the threshold would promise too much.
+    one_a_group = made.part("calibration").reset_index(drop=True).drop_duplicates("group").index.to_numpy()
+    share = params.train.ood_alarm_share
+    if len(one_a_group) + 1 < 1 / share:
+        warn(
+            f"{len(one_a_group)} groups of calibration images are too few for train.ood_alarm_share {share}: more "
+            "images like these will be called unlike the training's"
+        )
+    head = fit_ood_score(network, train.images, train.labels, calibration.images[one_a_group], share, params.train.seed)
     return servable(network, training.fit_temperature(logits, calibration.labels), head)
 
 
@@ -162,6 +170,7 @@ def _save(
     with artifacts.replacing_directory(output) as folder:
         model.save(folder / artifacts.MODEL)
         write_table(calibration, folder / artifacts.CALIBRATION)
+        seen.to_csv(folder / artifacts.SEEN_IMAGES, index=False)
         summary = TrainingSummary(
             model_digest=model_digest(folder / artifacts.MODEL),
             epochs_run=len(history.epochs),
@@ -179,6 +188,7 @@ def _save(
             | {
                 "data_md5": made.data_md5,
                 "splits_sha256": made.sha256,
+                "seen_images_sha256": artifacts.sha256_of_file(folder / artifacts.SEEN_IMAGES),
                 "calibration_sha256": artifacts.sha256_of_file(folder / artifacts.CALIBRATION),
                 "params": params.train.model_dump(),
                 "git_commit": git_commit(),
@@ -190,7 +200,6 @@ def _save(
         artifacts.write_json(folder / artifacts.LABELS, {"class_names": list(CLASS_NAMES)})
         pd.DataFrame(history.rows()).to_csv(folder / artifacts.HISTORY, index=False)
         plot_learning_curve(history.rows(), folder / artifacts.LEARNING_CURVE)
-        seen.to_csv(folder / artifacts.SEEN_IMAGES, index=False)
     return summary
 
 

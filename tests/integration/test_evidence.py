@@ -15,7 +15,7 @@ from braintumor.registry.server import connected
 
 ROOT = Path(__file__).parents[2]
 NAME = "brain-tumor-phantoms"
-NO_PICTURES = {"bootstrap_samples": 200, "ood_probes": 8, "robustness_images": 0, "gallery_images": 0}
+PICTURES = {"bootstrap_samples": 200, "ood_probes": 8, "robustness_images": 8, "gallery_images": 2}
 EXPECTED = ("better", "worse", "no difference found")
 BEFORE = ("resolve", "validate", "split", "train")
 
@@ -38,7 +38,10 @@ def trained_project(
     return tmp_path
 
 
-def test_evaluation_is_complete_repeatable_and_kept_by_mlflow(trained: Path, braintumor: Any) -> None:
+def test_evaluation_is_complete_repeatable_and_kept_by_mlflow(
+    trained: Path, braintumor: Any, params_writer: Callable[..., Path]
+) -> None:
+    params_writer(trained / "params.yaml", train={"epochs": 0, "head_epochs": 4}, evaluate=PICTURES)
     ended = braintumor("evaluate")
     assert ended.code == 0, ended.err
     build = trained / "build"
@@ -92,7 +95,6 @@ def test_champion_is_scored_on_the_images_that_it_has_not_seen(
     monkeypatch: pytest.MonkeyPatch,
     closed_port: int,
 ) -> None:
-    params_writer(trained / "params.yaml", train={"epochs": 0, "head_epochs": 4}, evaluate=NO_PICTURES)
     for step in ("evaluate", "gate", "register"):
         assert braintumor(step).code == 0
     with connected() as client:
@@ -104,7 +106,8 @@ def test_champion_is_scored_on_the_images_that_it_has_not_seen(
         trained / "params.yaml",
         train={"epochs": 0, "head_epochs": 3, "seed": 5},
         split={"protocol": "grouped", "test_fraction": 0.7, "max_share_deviation": 1.0},
-        evaluate=NO_PICTURES,
+        evaluate=PICTURES | {"robustness_images": 0},
+        privacy={"copy_images": "none", "hash_names": True},
     )
     for step in ("resolve", "split", "train", "evaluate"):
         ended = braintumor(step)
@@ -118,6 +121,11 @@ def test_champion_is_scored_on_the_images_that_it_has_not_seen(
     unseen = tested.drop(seen)
     accuracy = (unseen["label"] == unseen["predicted"]).mean()
     assert compared["figures"]["accuracy"]["challenger"] == pytest.approx(accuracy)
+
+    # Nothing of the images leaves the data set: neither pictures nor names.
+    shown = (build / "evaluation/report.html").read_text() + (build / "evaluation/evidence.json").read_text()
+    assert "data:image/jpeg" not in shown
+    assert not [path for path in tested.index if Path(path).stem in shown]
 
     # Whether there is a better champion, nobody knows now.
     before = (build / "evaluation/metrics.json").read_bytes()

@@ -50,7 +50,9 @@ def test_whole_run_ends_with_a_challenger_that_gives_the_same_probabilities(
         ended = braintumor("predict", data / "test", "--json", *source)
         assert ended.code == 0, ended.err
         found = [json.loads(line) for line in ended.out.splitlines()]
-        assert {tuple(one) for one in found} == {("path", "label", "probabilities", "ood_score", "is_unlike_training")}
+        assert {tuple(one) for one in found} == {
+            ("path", "label", "probabilities", "ood_score", "is_unlike_training", "overlay")
+        }
         by_path = {str(Path(one["path"]).relative_to(data)): one for one in found}
         for row in tested.to_dict("records"):
             one = by_path[row["path"]]

@@ -1,13 +1,17 @@
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from braintumor import predict
 from braintumor.errors import UserError
 from braintumor.labels import CLASS_NAMES
-from braintumor.predict import OVERLAY_PX, Prediction, explain_files, model_file, predict_files, show
+from braintumor.predict import OVERLAY_PX, Prediction, model_file, predict_files, show
 
 
 @pytest.fixture
@@ -18,6 +22,10 @@ def slices(tmp_path: Path) -> Path:
         Image.new("L", (40, 30), value).save(folder / name)
     (folder / "notes.txt").write_text("no image")
     return folder
+
+
+def overlays(model: Path, paths: list[Path], folder: Path) -> list[Path]:
+    return [Path(str(one.overlay)) for one in predict_files(model, paths, folder)[0]]
 
 
 def test_folders_are_searched_and_files_keep_their_order(slices: Path, tiny_models: list[Path]) -> None:
@@ -55,6 +63,7 @@ def test_file_names_are_shown_as_they_are(name: str, capsys: pytest.CaptureFixtu
         "probabilities": dict.fromkeys(CLASS_NAMES, 0.25),
         "ood_score": None,
         "is_unlike_training": None,
+        "overlay": None,
     }
 
 
@@ -80,10 +89,8 @@ def test_each_image_is_explained_beside_its_heat_map(slices: Path, tiny_models: 
     (output / "notes.txt").write_text("mine")
     (slices / "torn.png").write_bytes((slices / "b.png").read_bytes()[:40])
     (slices / "deep" / "b.png").write_bytes((slices / "a.jpg").read_bytes())
-    written = explain_files(tiny_models[0], [slices], output)
-    readable, _ = predict_files(tiny_models[0], [slices])
-    stems = [file.name.rsplit("-", 1)[0] for file in written]
-    assert stems == [Path(one.path).stem for one in readable] == ["a", "b", "b", "c"]
+    written = overlays(tiny_models[0], [slices], output)
+    assert [file.name.rsplit("-", 1)[0] for file in written] == ["a", "b", "b", "c"]
     assert sorted(output.iterdir()) == sorted({*written, output / "notes.txt"})
     assert len(set(written)) == 4
     for file, value in zip(written, (200, 10, 200, 90), strict=True):
@@ -92,15 +99,42 @@ def test_each_image_is_explained_beside_its_heat_map(slices: Path, tiny_models: 
             assert picture.width == 2 * OVERLAY_PX
             assert np.asarray(picture)[OVERLAY_PX // 2, OVERLAY_PX // 2] == pytest.approx(value, abs=3)
     before = [file.read_bytes() for file in written]
-    assert explain_files(tiny_models[0], [slices], output) == written
+    written[0].write_bytes(b"torn")
+    assert overlays(tiny_models[0], [slices], output) == written
     assert [file.read_bytes() for file in written] == before
     # Another model says something else of the same image.
-    assert not set(explain_files(tiny_models[1], [slices], output)) & set(written)
+    assert not set(overlays(tiny_models[1], [slices], output)) & set(written)
 
 
-def test_a_folder_that_can_not_be_made_is_refused(slices: Path, tiny_models: list[Path]) -> None:
+def test_explanation_changes_no_prediction(slices: Path, tiny_models: list[Path], tmp_path: Path) -> None:
+    explained, _ = predict_files(tiny_models[0], [slices], tmp_path / "explained")
+    assert [replace(one, overlay=None) for one in explained] == predict_files(tiny_models[0], [slices])[0]
+
+
+def test_explanation_loads_the_model_and_reads_each_image_once(
+    slices: Path, tiny_models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    def counted(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        return lambda path: opened.append(path) or read(path)
+
+    for name in ("load_classifier", "decode_grey"):
+        monkeypatch.setattr(predict, name, counted(getattr(predict, name)))
+    predict_files(tiny_models[0], [slices], tmp_path / "explained")
+    assert opened == [tiny_models[0], *(slices / name for name in ("a.jpg", "b.png", "deep/c.PNG"))]
+
+
+def test_nothing_readable_is_nothing_explained(slices: Path, tiny_models: list[Path], tmp_path: Path) -> None:
+    predictions, unreadable = predict_files(tiny_models[0], [slices / "notes.txt"], tmp_path / "explained")
+    assert predictions == []
+    assert len(unreadable) == 1
+    assert not (tmp_path / "explained").exists()
+
+
+def test_a_folder_that_can_not_be_written_to_is_refused(slices: Path, tiny_models: list[Path]) -> None:
     with pytest.raises(UserError, match="can't be written"):
-        explain_files(tiny_models[0], [slices], slices / "notes.txt")
+        predict_files(tiny_models[0], [slices], slices / "notes.txt")
 
 
 def test_probabilities_do_not_depend_on_the_company(slices: Path, tiny_models: list[Path]) -> None:

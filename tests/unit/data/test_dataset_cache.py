@@ -20,7 +20,7 @@ from braintumor.errors import UserError
 from braintumor.object_store import Store, open_store
 
 ROOT = Path(__file__).parents[3]
-SAMPLE = "a1f5dc7f7a7df48f2ef19198b5607118"
+SAMPLE = "6d2ff1fc7b817369f76f868e82199345"
 
 
 @pytest.fixture(autouse=True)

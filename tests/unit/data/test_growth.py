@@ -383,7 +383,7 @@ def test_slices_of_volumes_come_beside_pictures_and_only_once(
     slices = sorted(set(content(data)) - set(before) - {"train/glioma/picture.jpg", GROUPS_FILE})
     assert len(slices) == 3
     assert all(PurePosixPath(path).match("train/glioma/*-axial-*.png") for path in slices)
-    assert groups(data) == ["path,patient", *(f"{path},p7" for path in slices)]
+    assert groups(data) == ["path,patient,plane", *(f"{path},p7,axial" for path in slices)]
     assert not add(source, data, rule=rule).is_changed
 
 

@@ -135,6 +135,24 @@ def test_interval_of_the_ece_holds_its_true_value() -> None:
     assert np.mean(held) > 0.75
 
 
+def test_interval_of_the_ece_reaches_the_figure_and_0_where_chance_explains_it() -> None:
+    explained = []
+    for seed in range(30):
+        after = measure_calibration(*calibrated(200, seed), 1.0, PARAMS)["after"]
+        low, high = after["ece_interval"]
+        assert low <= after["ece"] <= high
+        explained.append(after["ece"] <= after["ece_by_chance"][1])
+        assert (low == 0) == explained[-1]
+    assert 20 < sum(explained) < 30
+
+
+def test_a_single_group_tells_nothing_of_others() -> None:
+    truth, probabilities, _ = calibrated(200)
+    after = measure_calibration(truth, probabilities, np.zeros(200, int), 1.0, PARAMS)["after"]
+    assert after["ece_interval"] == [0, 1] and after["brier_interval"] == [0, 2]
+    assert after["nll_interval"] == [0, pytest.approx(87.3, abs=0.1)]
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000))
 def test_order_of_the_images_changes_nothing(seed: int) -> None:

@@ -111,6 +111,37 @@ def test_ten_copies_of_each_image_make_no_difference_certain(params: Params) -> 
     assert np.diff(verdicts[2]) < 0.5 * np.diff(verdicts[0])
 
 
+@pytest.mark.parametrize(
+    ("n_ahead", "n_behind", "verdict"),
+    [(4, 0, "no difference found"), (5, 0, "no difference found"), (6, 0, "better"), (0, 6, "worse"), (9, 1, "better")],
+)
+def test_a_handful_of_images_decides_nothing(params: Params, n_ahead: int, n_behind: int, verdict: str) -> None:
+    # The interval alone leaves 0 out in each case. By the exact test 2 / 2 ** 6 is below 0.05, 2 / 2 ** 5 is not.
+    truth, groups = truth_of(400)
+    wrong = (truth + 1) % 4
+    theirs = np.where(groups < n_ahead, wrong, truth)
+    ours = np.where(groups >= 400 - n_behind, wrong, truth)
+    models = sure_of(ours), sure_of(theirs)
+    found = compare_with_champion(truth, *models, groups, none_of(truth), params.evaluate, "1")
+    low, high = found["figures"]["accuracy"]["interval"]
+    assert low > 0 or high < 0
+    assert found["verdict"] == verdict
+    told = f"few images: this model has more right in {n_ahead} groups, the champion in {n_behind}, and so uneven"
+    assert (told in found["reason"]) == (verdict == "no difference found")
+
+
+def test_a_few_groups_of_many_copies_do_not_outvote_the_others(params: Params) -> None:
+    groups = np.append(np.repeat(np.arange(8), 20), np.arange(8, 140))
+    truth = groups % 4
+    wrong = (truth + 1) % 4
+    ours, theirs = np.where((groups >= 8) & (groups < 28), wrong, truth), np.where(groups < 8, wrong, truth)
+    models = sure_of(ours), sure_of(theirs)
+    found = compare_with_champion(truth, *models, groups, none_of(truth), params.evaluate, "1")
+    assert found["figures"]["accuracy"]["interval"][0] > 0
+    assert found["verdict"] == "no difference found"
+    assert found["reason"].endswith("this model has more right in 8 groups, the champion in 20")
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 1000))
 def test_order_of_the_images_changes_nothing(seed: int) -> None:
@@ -142,8 +173,13 @@ def test_what_the_champion_was_trained_on_does_not_count(params: Params) -> None
     [
         (99, 1, "none", "99 in 99 groups are left; 100 images in 30 groups are needed"),
         (116, 4, "none", "116 in 29 groups are left; 100 images in 30 groups are needed"),
-        (140, 1, "the first 41", "99 in 99 groups are left, without the 41 that the champion was trained on"),
-        (200, 1, "a class", "left, without the 50 that the champion was trained on, none of them pituitary"),
+        (140, 1, "the first 41", "99 in 99 groups are left, without the 41 that the champion or this model was"),
+        (
+            200,
+            1,
+            "a class",
+            "left, without the 50 that the champion or this model was trained on, none of them pituitary",
+        ),
         (120, 1, "all", "0 in 0 groups are left, without the 120"),
     ],
 )

@@ -59,6 +59,11 @@ def test_what_the_measuring_functions_return_is_as_the_schema_says(
     assert problems(json.loads(json.dumps(evidence, allow_nan=False))) == []
 
 
+def test_evidence_without_heat_maps_is_complete(evaluation: Any) -> None:
+    assert problems(evaluation.evidence | {"explanation": None}) == []
+    assert problems(evaluation.evidence | {"calibration": None})
+
+
 def test_evidence_without_a_champion_robustness_or_lesions_is_complete(evaluation: Any) -> None:
     from braintumor.evidence.comparison import no_champion
 

@@ -44,6 +44,7 @@ def rows(dataset: Path) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "path": paths,
+            "group": paths,
             "label": labels,
             "predicted": [
                 other if number == 3 else own for own, other, number in zip(labels, turned, numbers, strict=True)
@@ -78,6 +79,20 @@ def test_right_wrong_and_uncertain_images_are_shown_and_told(dataset: Path, mode
     # Image and heat map; of mistakes also that of the true class.
     assert galleries["Right"].size[0] // PANEL_PX == 4
     assert galleries["Wrong"].size[0] // PANEL_PX == 3
+
+
+def test_no_gallery_shows_two_images_of_a_group(dataset: Path, model: Any, rows: pd.DataFrame) -> None:
+    # Two groups a class: the first two images, and the others, of which one is a mistake.
+    grouped = rows.assign(group=[f"{label}-{place % 4 // 2}" for place, label in enumerate(rows["label"])])
+    group_of = dict(zip(grouped["path"], grouped["group"], strict=True))
+    galleries = by_title(draw_galleries(dataset, model, grouped, OPEN, 16))
+    for title, n in {"Right": 8, "Wrong": 4, "Most uncertain": 8}.items():
+        shown = [group_of[line.split()[1].rstrip(":")] for line in galleries[title].lines]
+        assert len(shown) == len(set(shown)) == n
+    one = by_title(draw_galleries(dataset, model, rows.assign(group="one"), OPEN, 16))
+    # Of a group, the mistake that the model is surest of, and the image that it is least sure of.
+    assert one["Wrong"].lines == ("1 test/glioma/3.png: meningioma 87.0%, is glioma",)
+    assert one["Most uncertain"].lines == ("1 test/pituitary/3.png: glioma 75.0%, is pituitary",)
 
 
 def test_order_of_the_rows_changes_nothing(dataset: Path, model: Any, rows: pd.DataFrame) -> None:
@@ -119,7 +134,7 @@ def test_nothing_is_drawn_where_nothing_is_asked_for(dataset: Path, model: Any, 
 
 
 def test_many_tiles_stay_a_small_file(dataset: Path, model: Any, rows: pd.DataFrame) -> None:
-    many = pd.concat([rows] * 4, ignore_index=True)
+    many = pd.concat([rows] * 4, ignore_index=True).assign(group=range(64))
     gallery = by_title(draw_galleries(dataset, model, many, OPEN, 40))["Most uncertain"]
     assert gallery.picture is not None
     assert len(gallery.lines) == 40

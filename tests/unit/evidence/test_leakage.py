@@ -76,10 +76,35 @@ def test_copies_of_the_easier_classes_are_told_from_copies_that_help(params: Par
     rows = images(0, 2000).assign(
         label=CLASSES[truth], predicted=answers(truth, np.where(is_easy, 0.99, 0.7), random), is_leaked=is_copy
     )
-    advantage = measure_leakage_of_scores(rows, params.evaluate)["advantage"]["split"]
+    found = measure_leakage_of_scores(rows, params.evaluate)
+    assert "copies stand more often in the classes that are easier" in found["warnings"][0]
+    assert not any("inflated" in warning for warning in found["warnings"])
+    advantage = found["advantage"]["split"]
     assert advantage["interval"][0] > 0.1
     low, high = advantage["same_mix"]["interval"]
     assert low < 0 < high
+
+
+def test_copies_in_classes_of_their_own_count_as_inflating(params: Params) -> None:
+    rows = images(1, leaky=True)
+    is_copy = rows["label"].isin(["glioma", "notumor"])
+    predicted = np.where(is_copy, rows["label"], "glioma")
+    found = measure_leakage_of_scores(rows.assign(is_leaked=is_copy, predicted=predicted), params.evaluate)
+    assert found["advantage"]["split"]["same_mix"] is None
+    assert "the accuracy on all test images is inflated" in found["warnings"][0]
+
+
+def test_classes_weigh_as_mantel_and_haenszel_say(params: Params) -> None:
+    # Of gliomas 2 of 2 with copies and 1 of 2 without are right, weight 2 * 2 / 4; of the others 1 of 1 and 9 of 9,
+    # weight 1 * 9 / 10.
+    label = np.repeat(["glioma", "notumor"], [4, 10])
+    is_copy = np.isin(np.arange(14), [0, 1, 4])
+    rows = images(0, 14).assign(
+        label=label, predicted=np.where(np.arange(14) == 3, "notumor", label), is_leaked=is_copy
+    )
+    advantage = measure_leakage_of_scores(rows, params.evaluate)["advantage"]["split"]
+    assert advantage["same_mix"]["difference"] == pytest.approx(0.5 / 1.9)
+    assert advantage["difference"] == pytest.approx(1 - 10 / 11)
 
 
 def test_floors_and_parts_agree_with_a_case_worked_by_hand(params: Params) -> None:

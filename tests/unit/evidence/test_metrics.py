@@ -10,6 +10,7 @@ from scipy.stats import norm
 from sklearn import metrics as reference
 
 from braintumor.errors import UserError
+from braintumor.evidence.leakage import measure_leakage_of_scores
 from braintumor.evidence.metrics import compute_metrics, compute_test_metrics
 from braintumor.evidence.predictions import PROBABILITY_COLUMNS, make_predictions, read_predictions, write_table
 from braintumor.labels import CLASS_NAMES
@@ -18,6 +19,7 @@ from braintumor.params import load_params
 PARAMS = load_params(Path(__file__).parents[3] / "params.yaml").evaluate.model_copy(
     update={"bootstrap_samples": 400, "seed": 0}
 )
+INTERVAL_FIGURES = ("accuracy", "balanced_accuracy", "macro_f1", "tumour_sensitivity", "tumour_specificity")
 
 
 def predictions(n: int = 200, seed: int = 0, skill: float = 2.0, group_size: int = 1) -> pd.DataFrame:
@@ -118,16 +120,56 @@ def test_flawless_answers_on_few_images_claim_no_certainty() -> None:
     assert found["macro_f1_interval"][0] == found["balanced_accuracy_interval"][0] == pytest.approx(0.025 ** (1 / 10))
 
 
+def test_images_of_one_group_say_nothing_of_others() -> None:
+    rows = predictions(330, skill=4.0).assign(group="one patient")
+    found = compute_metrics(rows, PARAMS)
+    assert 0.9 < found["accuracy"] < 1
+    for name in INTERVAL_FIGURES:
+        low, high = found[f"{name}_interval"]
+        assert (low < 0.03, high) == (True, 1), name
+    # So do a single group without a tumour, and a smallest class of one group.
+    rows = predictions(400)
+    without_tumour = rows["label"] == "notumor"
+    found = compute_metrics(rows.assign(group=np.where(without_tumour, "one", rows["group"])), PARAMS)
+    assert found["tumour_specificity_interval"] == found["macro_f1_interval"] == [0, 1]
+    assert found["tumour_sensitivity_interval"][0] > 0.5
+
+
+def test_a_figure_of_0_is_as_uncertain_as_one_of_1() -> None:
+    rows = predictions(40, skill=50.0)
+    shifted = rows[list(PROBABILITY_COLUMNS)].to_numpy(np.float32)[:, [3, 0, 1, 2]]
+    found = compute_metrics(make_predictions(rows[["path", "label", "group"]], shifted), PARAMS)
+    assert found["accuracy"] == found["tumour_specificity"] == 0
+    assert found["accuracy_interval"] == pytest.approx([0, 1 - 0.025 ** (1 / 40)])
+    assert found["tumour_specificity_interval"] == pytest.approx([0, 1 - 0.025 ** (1 / 10)])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([1, 3, 50]), st.sampled_from([0.0, 2.0, 50.0]))
+def test_where_no_image_has_a_copy_all_intervals_of_the_accuracy_are_one(
+    seed: int, n_groups: int, skill: float
+) -> None:
+    rows, others = scored(60, seed, skill)
+    # The groups in another order than the paths.
+    names = np.random.default_rng(seed).integers(0, n_groups, 60)
+    rows = rows.assign(is_leaked=False, group=[f"g{name}" for name in names])
+    found = compute_test_metrics(rows, others, PARAMS)
+    everything = measure_leakage_of_scores(rows, PARAMS)["split"][0]
+    assert found["accuracy_interval"] == found["copy_free_accuracy_interval"] == everything["accuracy_interval"]
+
+
 @pytest.mark.parametrize(
     ("column", "value", "told"),
     [
         ("probability_glioma", float("nan"), "no probabilities"),
         ("probability_glioma", 3.0, "no probabilities"),
+        (list(PROBABILITY_COLUMNS), [1.4, -0.2, -0.1, -0.1], "no probabilities"),
+        ("path", "test/0000.jpg", "test/0000.jpg twice"),
         ("label", "metastasis", "labels other than"),
         ("predicted", "tumour", "labels other than"),
     ],
 )
-def test_impossible_row_is_refused(column: str, value: object, told: str) -> None:
+def test_impossible_row_is_refused(column: str | list[str], value: object, told: str) -> None:
     rows = predictions(40)
     rows.loc[3, column] = value
     with pytest.raises(UserError, match=told):
@@ -169,10 +211,10 @@ def test_file_that_is_no_table_of_predictions_is_refused(tmp_path: Path) -> None
         read_predictions(tmp_path / "p.csv")
 
 
-def scored(n: int = 200, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
+def scored(n: int = 200, seed: int = 0, skill: float = 2.0) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Predictions of test images with what the split knows of them, every fourth leaked, and scores of others."""
     random = np.random.default_rng(seed)
-    rows = predictions(n, seed).assign(
+    rows = predictions(n, seed, skill).assign(
         ood_score=random.uniform(0, 1.2, n),
         is_leaked=np.arange(n) % 4 == 1,
         is_declared_copy=False,

@@ -50,6 +50,22 @@ def test_flipped_labels_are_found_and_little_else() -> None:
     assert right / found > 0.9
 
 
+def test_a_label_that_the_model_gives_itself_is_no_error_however_unsure_it_is() -> None:
+    # cleanlab counts the errors, 20, and names as many images whose labels have the least probability.
+    number = np.arange(400)
+    label, is_changed, is_unsure = number % 4, number < 20, number >= 380
+    probabilities = np.full((400, 4), 0.4 / 3)
+    probabilities[number, label] = 0.6
+    probabilities[is_changed] = 0.02
+    probabilities[number[is_changed], (label[is_changed] + 1) % 4] = 0.66
+    probabilities[number[is_changed], label[is_changed]] = 0.3
+    # Less than 0.3, and yet more than any other class has.
+    probabilities[is_unsure] = 0.24
+    probabilities[number[is_unsure], label[is_unsure]] = 0.28
+    rows = held_out(0)[0].assign(label=CLASSES[label], **dict(zip(PROBABILITY_COLUMNS, probabilities.T, strict=True)))
+    assert not set(find_label_errors(rows)["path"]) & set(rows["path"][is_unsure])
+
+
 def test_labels_that_are_right_leave_an_empty_table_with_its_columns(tmp_path: Path) -> None:
     rows, _ = held_out(0, flipped=0, accuracy=1)
     errors = find_label_errors(rows)

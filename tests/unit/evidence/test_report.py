@@ -16,6 +16,8 @@ from braintumor.evidence import plots, report
 from braintumor.evidence.doubts import NOT_MEASURED, find_doubts, missed_tumours, percent
 from braintumor.evidence.gallery import Gallery
 from braintumor.evidence.report import SECTIONS, write_report
+from braintumor.evidence.triage import measure_triage
+from braintumor.params import load_params
 
 MakeEvaluation = Callable[..., Any]
 
@@ -254,6 +256,70 @@ def test_doubts_of_explanation_coverage_and_referral_rest_on_their_figures(evalu
     assert not {"sanity", "localisation"} & {
         doubt.section for doubt in find_doubts(evaluation.metrics, evaluation.evidence)
     }
+
+
+def triage_of(error: float) -> dict[str, Any]:
+    """Referral by a model that calibration shows to be right in 99 % where it is sure, on test images with an error."""
+    committed = load_params(Path(__file__).parents[3] / "params.yaml").evaluate
+    params = committed.model_copy(update={"triage_max_error": 0.05, "bootstrap_samples": 500})
+    truth, wrong = (np.arange(400) % round(1 / share) == 0 for share in (0.01, error))
+    sure = np.tile([0.97, 0.01, 0.01, 0.01], (400, 1))
+    return measure_triage(truth.astype(int), sure, np.arange(400), wrong.astype(int), sure, np.arange(400), params)
+
+
+@pytest.mark.parametrize(("error", "is_broken"), [(0.02, False), (1 / 17, False), (0.1, True)])
+def test_referral_is_doubted_where_its_own_remark_says_that_it_breaks_its_promise(
+    evaluation: Any, error: float, is_broken: bool
+) -> None:
+    found = triage_of(error)
+    doubted = [doubt.told for doubt in find_doubts(evaluation.metrics, evaluation.evidence | {"triage": found})]
+    told = [text for text in doubted if "Of the test images that it keeps" in text]
+    assert ("The test images break this" in found["remark"]) == bool(told) == is_broken
+    assert (1 - found["test"]["accuracy"] > found["max_error"]) == (error > 0.05)
+    if is_broken:
+        assert "10.0% (7." in told[0]
+
+
+def test_no_error_is_promised_where_no_threshold_was_found(tmp_path: Path, evaluation: Any) -> None:
+    promise = "so that at most 5.0% of the answers kept are wrong"
+    assert promise in read(tmp_path, evaluation, triage=triage_of(0.02)).text
+    none = triage_of(0.02) | {"threshold": None, "test": None, "calibration": None, "remark": "Refer every image."}
+    assert promise not in read(tmp_path, evaluation, triage=none).text
+
+
+def test_strange_images_that_are_flagged_are_not_called_unnoticed(evaluation: Any) -> None:
+    ood = copy.deepcopy(evaluation.evidence["ood"])
+    ood["kinds"]["noise"] |= {"auroc": 0.6, "flagged_share": 0.1}
+    ood["kinds"]["rotated"] |= {"auroc": 0.85, "flagged_share": 0.7}
+    doubts = find_doubts(evaluation.metrics, evaluation.evidence | {"ood": ood})
+    assert [(doubt.lead, doubt.told) for doubt in doubts if doubt.section == "ood"][:2] == [
+        ("Strange images pass.", "The model hardly notices noise (AUROC 0.60, 10% flagged)."),
+        (
+            "Strange images score like test images.",
+            "The model tells rotated (AUROC 0.85, 70% flagged) less well from test images.",
+        ),
+    ]
+
+
+def test_sets_that_hold_the_truth_too_seldom_are_doubted(evaluation: Any) -> None:
+    conformal = evaluation.evidence["conformal"] | {"coverage": 0.8, "coverage_interval": [0.75, 0.85]}
+    assert "Sets that promise too much." in leads(evaluation, conformal=conformal)
+    assert "Sets that promise too much." not in leads(evaluation)
+
+
+def test_a_model_that_guesses_takes_no_shortcut(evaluation: Any) -> None:
+    shortcut = evaluation.evidence["shortcut"] | {"share_of_gain": None, "warning": "no better than guessing"}
+    found = leads(evaluation, shortcut=shortcut)
+    assert "No better than guessing." in found and "A shortcut." not in found
+
+
+def test_copies_that_stand_in_easier_classes_are_not_said_to_inflate(make_evaluation: MakeEvaluation) -> None:
+    leaky = make_evaluation(leaky=True)
+    leakage = copy.deepcopy(leaky.evidence["leakage"])
+    leakage["advantage"]["split"]["same_mix"] = {"difference": 0.0, "interval": [-0.1, 0.1]}
+    assert "Inflated by copies." in leads(leaky)
+    found = leads(leaky, leakage=leakage)
+    assert "Tested on copies." in found and "Inflated by copies." not in found
 
 
 def test_missed_tumours_are_those_called_notumor() -> None:

@@ -67,7 +67,13 @@ def test_a_model_at_chance_has_no_gain_to_explain(params: Params) -> None:
     guessed = np.full(len(test), test["label"].mode()[0])
     found = measure_shortcut(scored(test, guessed, guessed), dict.fromkeys(STATISTICS, 0.0), params.evaluate)
     assert found["share_of_gain"] is None
-    assert found["warning"]
+    assert "no better than naming the largest class every time" in found["warning"]
+    # So is one that is worse, and above the statistics.
+    statistics = np.asarray(CLASSES)[(test["label"].map(CLASS_NAMES.index) + 1) % 4]
+    mostly_wrong = np.where(np.arange(len(test)) % 5 == 0, test["label"], statistics)
+    found = measure_shortcut(scored(test, statistics, mostly_wrong), dict.fromkeys(STATISTICS, 0.0), params.evaluate)
+    assert found["over_statistics"]["interval"][0] > 0
+    assert "no better than naming the largest class every time" in found["warning"]
 
 
 def test_statistics_that_are_never_wrong_leave_nothing_to_compare_on(params: Params) -> None:

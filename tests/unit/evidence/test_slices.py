@@ -100,6 +100,20 @@ def test_a_weakness_in_one_class_of_a_slice_is_told_by_its_class(params: Params)
     assert "meningioma" not in {label for _, _, label in outstanding(measure_slices(rows, params.evaluate))}
 
 
+def test_a_rest_without_a_mistake_claims_no_certainty(params: Params) -> None:
+    # Eight mistakes, all among the 100 colour images: by chance so in 1 of 128 cases, at most 1 in 200 is allowed for
+    # ten slices compared. Resampled, the 100 others have no spread at all.
+    number = np.arange(200)
+    label, is_colour = CLASSES[number % 4], number < 100
+    predicted = np.where(number < 8, CLASSES[(number + 1) % 4], label)
+    rows = predictions(0, 200).assign(label=label, predicted=predicted, mode=np.where(is_colour, "RGB", "L"))
+    rows = rows.drop(columns=["brightness", "plane"])
+    assert 0.05 / 10 < 2 * 0.5**8
+    assert outstanding(measure_slices(rows, params.evaluate)) == []
+    worse = rows.assign(predicted=np.where(number < 14, CLASSES[(number + 1) % 4], label))
+    assert outstanding(measure_slices(worse, params.evaluate)) == [("mode", "RGB", None)]
+
+
 @pytest.mark.parametrize(("n_images", "n_groups"), [(19, 19), (60, 19)])
 def test_a_slice_of_few_groups_is_shown_and_never_stands_out(params: Params, n_images: int, n_groups: int) -> None:
     rows = predictions(0)

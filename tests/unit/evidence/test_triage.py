@@ -154,6 +154,13 @@ def test_test_images_that_break_the_promise_are_told() -> None:
     assert "break" in found["remark"]
 
 
+def test_a_single_group_of_test_images_tells_nothing_of_others() -> None:
+    truth, probabilities, _ = images(200, 1)
+    found = measure_triage(*images(600, 0), truth, probabilities, np.zeros(200, int), PARAMS)
+    assert found["aurc_interval"] == found["test"]["accuracy_interval"] == [0, 1]
+    assert "break" not in found["remark"]
+
+
 def test_threshold_that_refers_every_test_image_has_no_accuracy() -> None:
     unsure = answers(np.full(50, 0.3), np.zeros(50, bool))
     found = measure_triage(*images(600, 0), *unsure, PARAMS)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from braintumor.artifacts import JUDGED_FILES, sha256_key
 from braintumor.labels import CLASS_NAMES
 from braintumor.params import Bound, GateParams
 from braintumor.registry.policy import (
@@ -33,9 +34,7 @@ GOOD: dict[str, Any] = {
     "data_md5": DATA_MD5,
     "splits_sha256": "a" * 64,
     "model_digest": "b" * 64,
-    "predictions_sha256": "c" * 64,
-    "ood_scores_sha256": "d" * 64,
-    "evidence_sha256": "e" * 64,
+    **{sha256_key(name): "c" * 64 for name in JUDGED_FILES},
     "protocol": "official",
     "n_test": 400,
     "accuracy": 0.97,

@@ -110,6 +110,7 @@ def test_publishing_logs_all_that_the_files_hold(store: Path, make_folders: Make
         assert run.data.tags["outcome"] == "gate passed"
         assert "0.92" in run.data.tags["gate.min_accuracy"]
         assert run.info.status == "FINISHED"
+        assert f"/runs/{run_id}/artifacts/evaluation/report.html)" in run.data.tags["mlflow.note.content"]
         assert artifact_paths(client, run_id) >= {
             "training/learning_curve.png",
             "evaluation/metrics.json",
@@ -118,6 +119,66 @@ def test_publishing_logs_all_that_the_files_hold(store: Path, make_folders: Make
         }
         # File names may tell who the patients are.
         assert "evaluation/predictions.csv" not in artifact_paths(client, run_id)
+
+
+def test_evaluation_that_a_promotion_rested_on_stays_unless_privacy_became_stricter(
+    store: Path, make_folders: MakeFolders, params: Params
+) -> None:
+    folders = make_folders()
+    run_id = tracking.publish(params, folders.model, folders.evaluation)
+
+    def kept_report(**changes: Any) -> str:
+        (folders.evaluation / artifacts.REPORT).write_text(f"<title>after {changes}</title>")
+        tracking.publish(params.model_copy(update=changes), folders.model, folders.evaluation)
+        with connected() as client:
+            return Path(client.download_artifacts(run_id, f"evaluation/{artifacts.REPORT}")).read_text()
+
+    before = kept_report()
+    assert "after {}" in before
+    comparison = {"champion": "1", "reason": tracking.SAME_MODEL}
+    folders.edit(folders.evaluation / artifacts.EVIDENCE, comparison=comparison)
+    assert kept_report(gate=params.gate) == before
+    stricter = params.privacy.model_copy(update={"copy_images": "none"})
+    assert "copy_images='none'" in kept_report(privacy=stricter)
+    assert "copy_images='none'" in kept_report(privacy=stricter, gate=params.gate)
+
+
+def test_evaluation_that_was_half_replaced_is_replaced_again(
+    store: Path, make_folders: MakeFolders, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = make_folders()
+    run_id = tracking.publish(params, folders.model, folders.evaluation)
+    report = folders.evaluation / artifacts.REPORT
+    before = report.read_text()
+    report.write_text("<title>another</title>")
+
+    def kill(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(MlflowClient, "log_artifact", kill)
+        tracking.publish(params, folders.model, folders.evaluation)
+    # DVC may bring the earlier one back.
+    report.write_text(before)
+    tracking.publish(params, folders.model, folders.evaluation)
+    with connected() as client:
+        assert "evaluation/report.html" in artifact_paths(client, run_id)
+
+
+def test_images_that_a_model_has_seen_are_listed_by_their_digests_alone(
+    store: Path, make_folders: MakeFolders, params: Params, tmp_path: Path
+) -> None:
+    folders = make_folders()
+    run_id = tracking.publish(params, folders.model)
+    rows = pd.read_csv(folders.model / artifacts.SEEN_IMAGES)
+    with connected() as client:
+        assert tracking.seen_images(client, run_id, tmp_path) == set(rows["sha256"])
+        content = Path(client.download_artifacts(run_id, tracking.SEEN_LIST)).read_text()
+    assert "train/" not in content
+    other = make_folders("other", seed=2)
+    rows[:5].to_csv(other.model / artifacts.SEEN_IMAGES, index=False)
+    with pytest.raises(UserError, match="seen_images"):
+        tracking.publish(params, other.model)
 
 
 def test_publishing_twice_adds_nothing(store: Path, make_folders: MakeFolders, params: Params) -> None:

@@ -39,7 +39,7 @@ def test_a_good_model_passes_and_the_decision_binds_what_was_judged(make_folders
     assert decision["policy"] == params.gate.model_dump()
     assert decision["digests"] == {
         **{name: metrics[name] for name in ("data_md5", "splits_sha256", "model_digest")},
-        **{name: metrics[name] for name in ("predictions_sha256", "ood_scores_sha256", "evidence_sha256")},
+        **{key: metrics[key] for key in map(artifacts.sha256_key, artifacts.JUDGED_FILES)},
         "metrics_sha256": sha256_of_file(folders.evaluation / artifacts.METRICS),
     }
     assert all(
@@ -96,11 +96,11 @@ def test_files_other_than_those_of_the_metrics_do_not_pass(
     folders = make_folders()
     file = folders.evaluation / name
     if harm == "changed":
-        file.write_text(file.read_text() + "\n")
+        file.write_bytes(file.read_bytes() + b"\n")
     else:
         file.unlink()
     decision = run(folders, params)
-    assert decision["passed"] is False and failed(decision) == {f"{file.stem}_untouched"}
+    assert decision["passed"] is False and failed(decision) == {"files_untouched"}
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "null", "\x00"])

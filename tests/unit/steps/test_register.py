@@ -11,6 +11,8 @@ import pytest
 from braintumor import artifacts
 from braintumor.artifacts import sha256_of_file
 from braintumor.errors import GateNotPassed, RegistryUnreachable, UserError
+from braintumor.evidence.metrics import compute_test_metrics
+from braintumor.evidence.predictions import read_predictions
 from braintumor.params import Params
 from braintumor.registry.server import connected
 from braintumor.steps.gate import gate
@@ -243,8 +245,55 @@ def test_scores_that_the_files_do_not_give_are_refused(store: Path, make_folders
 @pytest.mark.parametrize("name", artifacts.JUDGED_FILES)
 def test_evidence_changed_after_the_gate_is_refused(name: str, passed: Any, params: Params) -> None:
     file = passed.evaluation / name
-    file.write_text(file.read_text() + "\n")
+    file.write_bytes(file.read_bytes() + b"\n")
     refused(passed, params, f"{name} is stale")
+
+
+def forge(folders: Any, name: str, content: str) -> None:
+    """Write a file of the evaluation anew, and mend its digest wherever it stands."""
+    (folders.evaluation / name).write_text(content)
+    key, digest = artifacts.sha256_key(name), sha256_of_file(folders.evaluation / name)
+    if key in json.loads((folders.evaluation / artifacts.EVIDENCE).read_text()):
+        folders.edit(folders.evaluation / artifacts.EVIDENCE, **{key: digest})
+    evidence = sha256_of_file(folders.evaluation / artifacts.EVIDENCE)
+    folders.edit(folders.evaluation / artifacts.METRICS, **{key: digest, "evidence_sha256": evidence})
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"model_digest": "0" * 64}, "its model_digest"),
+        ({"triage": {"threshold": 0.1}}, "its section triage"),
+        ({"ood": None}, "its section ood"),
+        ({"leakage": {"warnings": []}}, "its section leakage"),
+    ],
+)
+def test_evidence_forged_with_its_digest_is_refused(
+    section: dict[str, Any], told: str, store: Path, make_folders: MakeFolders, params: Params
+) -> None:
+    folders = make_folders()
+    content = json.loads((folders.evaluation / artifacts.EVIDENCE).read_text()) | section
+    forge(folders, artifacts.EVIDENCE, json.dumps(content))
+    run_gate(folders, params)
+    refused(folders, params, told)
+
+
+def test_kinds_of_images_that_are_left_out_are_missed(store: Path, make_folders: MakeFolders, params: Params) -> None:
+    folders = make_folders()
+    scores = pd.read_csv(folders.evaluation / artifacts.OOD_SCORES)
+    forge(folders, artifacts.OOD_SCORES, scores[scores["kind"] == "web page"].to_csv(index=False))
+    tables = [read_predictions(folders.evaluation / name) for name in (artifacts.PREDICTIONS, artifacts.OOD_SCORES)]
+    auroc = compute_test_metrics(*tables, params.evaluate)["ood_auroc"]
+    folders.edit(folders.evaluation / artifacts.METRICS, ood_auroc=auroc)
+    run_gate(folders, params)
+    refused(folders, params, "lacks kinds of images")
+
+
+@pytest.mark.parametrize("name", [artifacts.SEEN_IMAGES, artifacts.CALIBRATION])
+def test_what_the_training_left_is_that_of_the_training(name: str, passed: Any, params: Params) -> None:
+    file = passed.model / name
+    file.write_text("\n".join(file.read_text().splitlines()[:-5]) + "\n")
+    refused(passed, params, "training.json is stale")
 
 
 def test_metrics_that_the_predictions_do_not_give_are_refused(
