@@ -12,6 +12,7 @@ import yaml
 from typer.main import get_command
 
 from braintumor.cli import app
+from braintumor.model.perturbations import PERTURBATIONS
 from braintumor.params import SECTIONS
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +104,20 @@ def test_each_stage_tracks_its_own_section_of_the_parameters() -> None:
         assert set(tracked) <= set(SECTIONS)
         if step in SECTIONS:
             assert step in tracked
+
+
+def test_plots_name_columns_that_the_evaluation_writes() -> None:
+    plots = yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"]
+    drawn = {Path(file).stem: plot for entry in plots if isinstance(entry, dict) for file, plot in entry.items()}
+    written = {
+        "reliability": {"confidence", "accuracy", "n"},
+        "risk_coverage": {"kept", "wrong", "threshold"},
+        "robustness": {"step", *PERTURBATIONS},
+    }
+    for name, columns in written.items():
+        y = drawn[name]["y"]
+        assert {drawn[name]["x"], *([y] if isinstance(y, str) else y)} <= columns
+    assert set(drawn["robustness"]["y"]) == set(PERTURBATIONS)
 
 
 def test_steps_with_effects_always_run() -> None:
