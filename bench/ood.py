@@ -25,7 +25,7 @@ from braintumor.model.densenet import import_keras
 from braintumor.model.images import load_images
 from braintumor.model.inference import BATCH_SIZE, image_size_px, load_classifier
 from braintumor.model.ood import feature_tensor, fit_ood_head, score_features
-from braintumor.model.probes import draw_probes
+from braintumor.model.probes import PROBE_KINDS, draw_probes
 
 ALARM_SHARE = 0.05
 NEIGHBOURS = 5
@@ -66,8 +66,7 @@ def measure(dataset: Path, splits: Path, model: Path, n_probes: int, seed: int) 
     features = {name: extract(part) for name, part in images.items()}
     turned = np.concatenate([extract(np.rot90(images["train"], turns, axes=(1, 2)))["stem"] for turns in (1, 2, 3)])
     probes = draw_probes(images["test"], n_probes, seed)
-    probe_features = {kind: extract(probe.images) for kind, probe in probes.items()}
-    told = {kind: probe.told for kind, probe in probes.items()}
+    probe_features = {kind: extract(probe) for kind, probe in probes.items()}
     scores = {}
     for name, fit in _scores(labels, turned, features["calibration"], seed).items():
         started = time.monotonic()
@@ -77,7 +76,7 @@ def measure(dataset: Path, splits: Path, model: Path, n_probes: int, seed: int) 
         place = min(len(calibration), int(np.ceil((len(calibration) + 1) * (1 - ALARM_SHARE))))
         # From the threshold on, every score counts as an alarm: 1 is the threshold of the section.
         over = {kind: 1 + score(its) - calibration[place - 1] for kind, its in probe_features.items()}
-        section = measure_ood(1 + score(features["test"]) - calibration[place - 1], over, told)
+        section = measure_ood(1 + score(features["test"]) - calibration[place - 1], over, PROBE_KINDS)
         scores[name] = section | {"seconds": round(seconds, 2)}
     return {"model": str(model), "train": len(labels), "calibration": len(images["calibration"]), "scores": scores}
 

@@ -239,7 +239,8 @@ def _write_evaluation(
         is_leaked=False, is_declared_copy=False, **{name: floors[name].to_numpy() for name in floors}
     )
     write_table(predictions, folder / artifacts.PREDICTIONS)
-    probes = pd.DataFrame({"kind": np.repeat(list(PROBE_KINDS), 8), "ood_score": np.linspace(0.85, 3, 80)})
+    probes = pd.DataFrame({"kind": np.repeat(list(PROBE_KINDS), params.evaluate.ood_probes)})
+    probes["ood_score"] = np.linspace(0.85, 3, len(probes))
     write_table(probes, folder / artifacts.OOD_SCORES)
     (folder / artifacts.REPORT).write_text("<!DOCTYPE html><title>Evaluation</title>")
     tables = [read_predictions(folder / name) for name in (artifacts.PREDICTIONS, artifacts.OOD_SCORES)]

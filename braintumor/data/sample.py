@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.floating[Any]]
 
-PLANES = ("axial", "coronal", "sagittal")
+PLANES = ("axial", "coronal", "sagittal")  # the seed draws from them in this order
 CONTRASTS = ("t1", "t1-enhanced", "t2")
 PATIENTS_PER_CLASS = {"train": 100, "test": 33}
 IMAGE_SIZE_PX = 128

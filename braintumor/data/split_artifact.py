@@ -56,9 +56,9 @@ class MadeSplit:
         return rows
 
     def test_images(self) -> pd.DataFrame:
-        """The test rows, with `is_leaked`: whether a copy of the image, or of its patient, was used in training."""
+        """The test rows with the floors, and `is_leaked`: a copy of the image, or its patient, was used in training."""
         used = set(self.rows.loc[self.rows["split"] != "test", "group"])
-        rows = self.part("test")
+        rows = self.part("test").merge(self.floors, on="path", validate="one_to_one")
         return rows.assign(is_leaked=rows["group"].isin(used))
 
 

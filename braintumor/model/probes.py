@@ -4,7 +4,6 @@ Photographs and pictures of other organs are real ones, which scikit-learn and p
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,16 +35,8 @@ WINDOW_PERCENTILES = (1, 99.5)
 PAGE_PX = 256
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Images of one kind, and one line of what they are."""
-
-    told: str
-    images: NDArray[np.uint8]  # (k, size, size, 1)
-
-
-def draw_probes(test_images: NDArray[np.uint8], n_each: int, seed: int) -> dict[str, Probe]:
-    """`n_each` images of each kind, as large as the test images (n, size, size, 1).
+def draw_probes(test_images: NDArray[np.uint8], n_each: int, seed: int) -> dict[str, NDArray[np.uint8]]:
+    """`n_each` images of each of PROBE_KINDS, as large as the test images (n, size, size, 1).
 
     Kinds made of slices take test images, chosen by their content, as many as there are. The same test images in any
     order, with the same seed, give the same probes.
@@ -79,7 +70,8 @@ def draw_probes(test_images: NDArray[np.uint8], n_each: int, seed: int) -> dict[
         ),
         "web page": changed(9, _put_on_page),
     }
-    return {kind: Probe(told, images[kind]) for kind, told in PROBE_KINDS.items()}
+    assert images.keys() == PROBE_KINDS.keys()
+    return images
 
 
 def _choose(images: NDArray[np.uint8], count: int, seed: int) -> list[Grey]:

@@ -26,7 +26,13 @@ from braintumor.evidence.gallery import Gallery, draw_galleries
 from braintumor.evidence.metrics import compute_test_metrics
 from braintumor.evidence.mistakes import find_label_errors, measure_mistakes
 from braintumor.evidence.of_scores import arrays, sections_of_scores
-from braintumor.evidence.predictions import PROBABILITY_COLUMNS, make_predictions, read_predictions, write_table
+from braintumor.evidence.predictions import (
+    PROBABILITY_COLUMNS,
+    SPLIT_COLUMNS,
+    make_predictions,
+    read_predictions,
+    write_table,
+)
 from braintumor.evidence.report import write_report
 from braintumor.evidence.shift import measure_robustness, robustness_images_scored
 from braintumor.evidence.slices import facts_of, measure_slices
@@ -55,8 +61,8 @@ EXPLAINED_IMAGES = 64
 class _Subject:
     """A model with the test images of its split, and what is known of them; all rows are in the order of their paths.
 
-    `rows` has the columns of splits.csv, is_leaked, and those of the manifest; `images` are as large as the model
-    takes them. `calibration` are the predictions that train left.
+    `rows` has the columns of `MadeSplit.test_images`, is_declared_copy, and those of the manifest; `images` are as
+    large as the model takes them. `calibration` are the predictions that train left.
     """
 
     dataset: Path
@@ -88,23 +94,16 @@ def evaluate(
     """
     subject = _load(open_dataset(dataset, progress), validation, splits, model, progress)
     probes = draw_probes(subject.images, params.evaluate.ood_probes, params.evaluate.seed)
-    kinds = np.repeat([*probes], [len(probe.images) for probe in probes.values()])
+    kinds = np.repeat([*probes], [len(images) for images in probes.values()])
     # At once: each call of the network costs a start of its own.
-    outputs = predict(
-        subject.classifier, np.concatenate([subject.images, *(probe.images for probe in probes.values())])
-    )
+    outputs = predict(subject.classifier, np.concatenate([subject.images, *probes.values()]))
     if outputs.ood_scores is None:
         raise UserError(f"{model / artifacts.MODEL} has no out-of-distribution score; run 'braintumor train' again")
     n = len(subject.rows)
 
     with artifacts.replacing_directory(output) as folder:
         predictions = make_predictions(subject.rows, outputs.probabilities[:n], outputs.ood_scores[:n])
-        floors = subject.made.floors.set_index("path").loc[predictions["path"]]
-        predictions = predictions.assign(
-            **{name: subject.rows[name].to_numpy() for name in ("is_leaked", "is_declared_copy")},
-            **{name: floors[name].to_numpy() for name in ("neighbour_label", "statistics_label")},
-        )
-        write_table(predictions, folder / artifacts.PREDICTIONS)
+        write_table(predictions.assign(**subject.rows[list(SPLIT_COLUMNS)]), folder / artifacts.PREDICTIONS)
         write_table(pd.DataFrame({"kind": kinds, "ood_score": outputs.ood_scores[n:]}), folder / artifacts.OOD_SCORES)
         # The figures come from the files, as whoever checks them has them.
         predictions = read_predictions(folder / artifacts.PREDICTIONS)

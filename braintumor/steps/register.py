@@ -14,10 +14,10 @@ from braintumor.data.split_artifact import SPLIT_FACTS, MadeSplit, load_split
 from braintumor.errors import GateNotPassed, UserError
 from braintumor.evidence.metrics import compute_test_metrics
 from braintumor.evidence.of_scores import sections_of_scores
-from braintumor.evidence.predictions import read_predictions
+from braintumor.evidence.predictions import SPLIT_COLUMNS, read_predictions
 from braintumor.model.probes import PROBE_KINDS
 from braintumor.model.saved import model_digest
-from braintumor.params import Params
+from braintumor.params import EvaluateParams, Params
 from braintumor.progress import note
 from braintumor.registry import tracking
 from braintumor.registry.model_card import version_tags, write_card
@@ -118,13 +118,19 @@ def _check_evidence(
         read_predictions(evaluation / name) for name in (artifacts.PREDICTIONS, artifacts.OOD_SCORES)
     )
     _refuse_other_images(predictions, made, evaluation / artifacts.PREDICTIONS)
+    _refuse_other_probes(ood_scores, predictions, params.evaluate, evaluation / artifacts.OOD_SCORES)
     figures = compute_test_metrics(predictions, ood_scores, params.evaluate)
     _refuse_other_metrics(figures, metrics, evaluation / artifacts.METRICS)
-    calibration = read_predictions(model / artifacts.CALIBRATION, made_by=TRAIN)
-    evidence = read_json(evaluation / artifacts.EVIDENCE, EVALUATE)
-    _refuse_other_evidence(
-        evidence, metrics, predictions, ood_scores, calibration, training, made, params, evaluation / artifacts.EVIDENCE
+    sections = sections_of_scores(
+        predictions,
+        ood_scores,
+        PROBE_KINDS,
+        read_predictions(model / artifacts.CALIBRATION, made_by=TRAIN),
+        training["temperature"],
+        made.summary["statistics_importances"],
+        params.evaluate,
     )
+    _refuse_other_evidence(sections, metrics, evaluation / artifacts.EVIDENCE)
     if recorded != judged.as_json():
         raise _stale(
             decision / artifacts.DECISION, "the rules, run again on the files that are here, decide otherwise", GATE
@@ -171,9 +177,9 @@ def _digest_of(file: Path) -> str:
 
 
 def _refuse_other_images(predictions: pd.DataFrame, made: MadeSplit, path: Path) -> None:
-    """The rows are the test images of the split, and say rightly which of them have a copy that was trained on."""
+    """The rows are the test images of the split, and repeat rightly what it knows of them."""
     test = made.test_images()
-    columns = [*IMAGE_COLUMNS, "is_leaked"]
+    columns = [*IMAGE_COLUMNS, *(name for name in SPLIT_COLUMNS if name in test)]
     _refuse_missing_columns(predictions, columns, path)
     expected = sorted(test[columns].itertuples(index=False, name=None))
     if sorted(predictions[columns].itertuples(index=False, name=None)) != expected:
@@ -191,32 +197,23 @@ def _refuse_other_metrics(figures: Mapping[str, Any], metrics: Mapping[str, Any]
             raise _stale(path, f"its {name} is not what {artifacts.PREDICTIONS} gives", EVALUATE)
 
 
-def _refuse_other_evidence(
-    evidence: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    predictions: pd.DataFrame,
-    ood_scores: pd.DataFrame,
-    calibration: pd.DataFrame,
-    training: Mapping[str, Any],
-    made: MadeSplit,
-    params: Params,
-    path: Path,
+def _refuse_other_probes(
+    ood_scores: pd.DataFrame, predictions: pd.DataFrame, params: EvaluateParams, path: Path
 ) -> None:
+    """Every kind of images unlike the training's is there, and none of its images is left out."""
+    counts = ood_scores["kind"].value_counts()
+    # Kinds made of slices take each different test image once; groups have no image in common.
+    fewest = min(params.ood_probes, predictions["group"].nunique())
+    if set(counts.index) != set(PROBE_KINDS) or not counts.between(fewest, params.ood_probes).all():
+        raise _stale(path, "it lacks images of some kind, or has others", EVALUATE)
+
+
+def _refuse_other_evidence(sections: Mapping[str, Any], metrics: Mapping[str, Any], path: Path) -> None:
     """The evidence is of the same files as the metrics, and says what predictions and scores say."""
+    evidence = read_json(path, EVALUATE)
     for name in (*DIGESTS, *SPLIT_FACTS):
         if evidence.get(name) != metrics.get(name):
             raise _stale(path, f"its {name} is not that of the metrics", EVALUATE)
-    if set(ood_scores["kind"]) != set(PROBE_KINDS):
-        raise _stale(path.with_name(artifacts.OOD_SCORES), "it lacks kinds of images, or has others", EVALUATE)
-    sections = sections_of_scores(
-        predictions,
-        ood_scores,
-        PROBE_KINDS,
-        calibration,
-        training["temperature"],
-        made.summary["statistics_importances"],
-        params.evaluate,
-    )
     for name, section in sections.items():
         if not _agree(section, evidence.get(name)):
             raise _stale(path, f"its section {name} is not what predictions and scores give", EVALUATE)

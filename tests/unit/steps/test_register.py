@@ -278,15 +278,28 @@ def test_evidence_forged_with_its_digest_is_refused(
     refused(folders, params, told)
 
 
-def test_kinds_of_images_that_are_left_out_are_missed(store: Path, make_folders: MakeFolders, params: Params) -> None:
+def test_floors_that_are_told_lower_are_refused(store: Path, make_folders: MakeFolders, params: Params) -> None:
+    folders = make_folders()
+    rows = pd.read_csv(folders.evaluation / artifacts.PREDICTIONS)
+    rows["neighbour_label"] = "notumor"
+    forge(folders, artifacts.PREDICTIONS, rows.to_csv(index=False))
+    run_gate(folders, params)
+    refused(folders, params, "are not the 60 test images")
+
+
+@pytest.mark.parametrize("kept", ["the easiest kind", "the easiest of each kind"])
+def test_strange_images_that_are_left_out_are_missed(
+    kept: str, store: Path, make_folders: MakeFolders, params: Params
+) -> None:
     folders = make_folders()
     scores = pd.read_csv(folders.evaluation / artifacts.OOD_SCORES)
-    forge(folders, artifacts.OOD_SCORES, scores[scores["kind"] == "web page"].to_csv(index=False))
+    easy = scores[scores["kind"] == "web page"] if kept == "the easiest kind" else scores.groupby("kind").tail(5)
+    forge(folders, artifacts.OOD_SCORES, easy.to_csv(index=False))
     tables = [read_predictions(folders.evaluation / name) for name in (artifacts.PREDICTIONS, artifacts.OOD_SCORES)]
     auroc = compute_test_metrics(*tables, params.evaluate)["ood_auroc"]
     folders.edit(folders.evaluation / artifacts.METRICS, ood_auroc=auroc)
     run_gate(folders, params)
-    refused(folders, params, "lacks kinds of images")
+    refused(folders, params, "lacks images of some kind")
 
 
 @pytest.mark.parametrize("name", [artifacts.SEEN_IMAGES, artifacts.CALIBRATION])
