@@ -667,12 +667,13 @@ def test_unreachable_mlflow_is_told_with_its_address(
     folders = make_folders()
     arguments: tuple[object, ...] = ("resolve", "--output", here / "out", "--params", params_file())
     if step == "register":
+        evaluate = load_params(params_file()).evaluate.model_dump() | {"bootstrap_samples": 100}
         options = ("--evaluation", folders.evaluation, "--context", folders.context)
         assert braintumor("gate", *options, "--output", folders.decision).code == 0
         arguments = (
             "register", "--model", folders.model, "--splits", folders.splits, "--evaluation", folders.evaluation,
             "--decision", folders.decision, "--context", folders.context, "--output", here / "out",
-            "--params", params_writer(here / "params.yaml", evaluate={"bootstrap_samples": 100}),
+            "--params", params_writer(here / "params.yaml", evaluate=evaluate),
         )  # fmt: skip
     ended = braintumor(*arguments)
     assert ended.code == 5
