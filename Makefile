@@ -56,6 +56,7 @@ lock: $(VENV)/dev  ## lock the newest versions that pyproject.toml allows, with 
 	uv pip compile -q --python-version 3.11 pyproject.toml --extra dev --generate-hashes --no-emit-index-url --no-annotate --no-header -o requirements/dev.txt --upgrade
 	uv pip compile -q --python-version 3.11 pyproject.toml --extra build --generate-hashes --no-emit-index-url --no-annotate --no-header -c requirements/dev.txt -o requirements/run.txt
 	uv pip compile -q --python-version 3.11 pyproject.toml --extra gpu --generate-hashes --no-emit-index-url --no-annotate --no-header -c requirements/dev.txt -o requirements/gpu.txt --upgrade
+	uv pip compile -q --python-version 3.11 --group server --generate-hashes --no-emit-index-url --no-annotate --no-header -c requirements/dev.txt -o requirements/server.txt --upgrade
 	uv pip compile -q --python-version 3.11 --group security --generate-hashes --no-emit-index-url --no-annotate --no-header -o requirements/security.txt --upgrade
 
 sample: $(VENV)/dev  ## draw the sample images anew, into build/sample
