@@ -64,6 +64,7 @@ DECISION = "decision.json"
 TEST_USES = "test_uses.json"
 
 REGISTRATION = "registration.json"
+MODEL_CARD = "card/model_card.json"  # among the artifacts of a run in MLflow
 
 # All that a step may find in its output folder, and replace.
 STEP_FILES = frozenset(

@@ -144,6 +144,12 @@ class Bound(Section):
     required: bool
 
 
+class Rule(Section):
+    """A rule without a number; only a required one can close the gate, the others warn."""
+
+    required: bool
+
+
 class GateParams(Section):
     """Bounds that a model is judged by; null turns one off, except that of the accuracy."""
 
@@ -154,6 +160,7 @@ class GateParams(Section):
     min_class_recall: Bound | None
     max_ece: Bound | None
     min_ood_auroc: Bound | None
+    not_worse_than_champion: Rule | None
 
 
 class RegisterParams(Section):
@@ -223,6 +230,13 @@ class ClusterParams(Section):
     gpu: GpuParams | None
 
 
+class PromoteParams(Section):
+    """By what a version may become the champion, and how the promoter looks for it; no step sees it."""
+
+    max_age_days: Annotated[int, Field(ge=1, description="a version registered earlier needs an override")]
+    poll_seconds: Annotated[int, Field(ge=1, le=86_400, description="how long a promotion waits without a webhook")]
+
+
 class Params(BaseModel):
     """What the steps go by: all that changes a result."""
 
@@ -238,7 +252,7 @@ class Params(BaseModel):
 
     def as_json(self) -> str:
         """These sections alone, the same text for the same values; `parse_params` reads it back."""
-        fields = {name for name in type(self).model_fields if name != "cluster"}
+        fields = set(Params.model_fields)
         content = self.model_dump(mode="json", by_alias=True, include=fields)
         return json.dumps(content, sort_keys=True, allow_nan=False)
 
@@ -246,10 +260,15 @@ class Params(BaseModel):
 class Profile(Params):
     """A whole parameters file."""
 
+    promote: PromoteParams
     cluster: ClusterParams
 
 
-SECTIONS = tuple(field.alias or name for name, field in Profile.model_fields.items())
+def _sections_of(kind: type[Params]) -> tuple[str, ...]:
+    return tuple(field.alias or name for name, field in kind.model_fields.items())
+
+
+SECTIONS = _sections_of(Profile)
 
 
 def load_params(path: Path) -> Profile:
@@ -273,9 +292,7 @@ def parse_params(text: str) -> Params:
     except json.JSONDecodeError as error:
         raise UserError(f"{name} is not valid JSON: {error}; leave it as it was compiled, or mend it") from error
     if not isinstance(content, dict):
-        raise UserError(
-            f"{name} holds no sections; it needs {', '.join(section for section in SECTIONS if section != 'cluster')}"
-        )
+        raise UserError(f"{name} holds no sections; it needs {', '.join(_sections_of(Params))}")
     return _checked(Params, content, name)
 
 

@@ -17,6 +17,7 @@ from braintumor import artifacts
 from braintumor.artifacts import sha256_of_file, write_json
 from braintumor.data.profile import STATISTICS, write_profile
 from braintumor.data.split_artifact import SPLIT_FACTS
+from braintumor.evidence.comparison import no_champion
 from braintumor.evidence.metrics import compute_test_metrics
 from braintumor.evidence.of_scores import sections_of_scores
 from braintumor.evidence.predictions import make_predictions, read_predictions, write_table
@@ -254,7 +255,7 @@ def _write_evaluation(
     sections = sections_of_scores(
         *tables, PROBE_KINDS, calibration, training["temperature"], split["statistics_importances"], params.evaluate
     )
-    write_json(folder / artifacts.EVIDENCE, bound | sections)
+    write_json(folder / artifacts.EVIDENCE, bound | sections | {"comparison": no_champion()})
     for name in (artifacts.CONFUSION_MATRIX, artifacts.ROC_CURVES, artifacts.PER_CLASS):
         (folder / name).write_bytes(b"\x89PNG")
     metrics = {

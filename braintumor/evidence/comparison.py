@@ -8,11 +8,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from braintumor.evidence.bootstrap import group_sums, percentile_interval, resampled_sums
 from braintumor.evidence.metrics import figures_of_confusion
+from braintumor.evidence.verdicts import BETTER, NO_CHAMPION, NO_DIFFERENCE, NOT_COMPARABLE, WORSE
 from braintumor.labels import CLASS_NAMES
 from braintumor.params import EvaluateParams
 
-BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference found"
-NOT_COMPARABLE, NO_CHAMPION = "not comparable", "no champion"
 # Below these a percentile bootstrap over groups finds differences that are none.
 MIN_IMAGES, MIN_GROUPS = 100, 30
 

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from braintumor.artifacts import JUDGED_FILES, sha256_key
+from braintumor.evidence.verdicts import BETTER, NO_CHAMPION, NO_DIFFERENCE, NOT_COMPARABLE, SAME_MODEL, WORSE
 from braintumor.labels import CLASS_NAMES
-from braintumor.params import Bound, GateParams
+from braintumor.params import Bound, GateParams, Rule
 
 # 'declared' keeps copies of training images in the test set: its figures are for comparison only.
 ALLOWED_PROTOCOLS = ("official", "grouped")
@@ -24,6 +25,8 @@ NEEDED_FIGURES = (
     "ood_auroc",
 )
 NEEDED_CLASS_FIGURES = ("recall", "specificity", "precision", "f1")
+NOT_WORSE = "not_worse_than_champion"
+VERDICTS = (BETTER, NO_DIFFERENCE, NO_CHAMPION, NOT_COMPARABLE, WORSE)
 NEEDED_DIGESTS = ("data_md5", "splits_sha256", "model_digest", *map(sha256_key, JUDGED_FILES))
 
 
@@ -63,10 +66,18 @@ class Decision:
         return [check.reason for check in self.checks if not check.required and not check.passed]
 
 
-def decide(metrics: Mapping[str, Any], policy: GateParams, current_data_md5: str) -> Decision:
+def decide(
+    metrics: Mapping[str, Any],
+    comparison: object,
+    policy: GateParams,
+    current_data_md5: str,
+    champion_version: str | None,
+) -> Decision:
     """Judge the content of a metrics.json; a figure exactly at its bound passes.
 
-    That the figures are complete, of the current data and of an allowed protocol is always required.
+    `comparison` is that section of evidence.json, None if there is none, and `champion_version` the champion that it
+    has to be with, None for no champion. That the figures are complete, of the current data and of an allowed protocol
+    is always required.
     """
     checks = (
         _complete_and_finite(metrics),
@@ -74,6 +85,7 @@ def decide(metrics: Mapping[str, Any], policy: GateParams, current_data_md5: str
         _protocol_allowed(metrics),
         _bound("min_accuracy", "accuracy", metrics.get("accuracy"), policy.min_accuracy),
         *_optional_checks(metrics, policy),
+        *_champion_checks(comparison, champion_version, policy.not_worse_than_champion),
     )
     return Decision(
         passed=all(check.passed for check in checks if check.required),
@@ -106,6 +118,44 @@ def _optional_checks(metrics: Mapping[str, Any], policy: GateParams) -> Iterator
     for name, (figure, value, bound) in figures.items():
         if bound is not None:
             yield _bound(name, figure, value, bound)
+
+
+def _champion_checks(comparison: object, champion_version: str | None, rule: Rule | None) -> Iterator[Check]:
+    if rule is None:
+        return
+    facts = comparison if isinstance(comparison, Mapping) else {}
+    verdict = _text(facts.get("verdict"))
+    problem = _comparison_problem(facts, verdict, champion_version)
+    told = _text(facts.get("reason")) or "no reason is given"
+    yield Check(
+        name=NOT_WORSE,
+        value=verdict,
+        threshold=f"{BETTER}, {NO_DIFFERENCE} or {NO_CHAMPION}",
+        required=rule.required,
+        passed=problem is None,
+        reason=problem or (told if verdict == NO_CHAMPION else f"{verdict}: {told}"),
+    )
+
+
+def _comparison_problem(facts: Mapping[str, Any], verdict: str | None, champion_version: str | None) -> str | None:
+    """Why the comparison does not show that the model is no worse; None if it does."""
+    if verdict is None:
+        return "the evaluation has no comparison with the champion; run 'braintumor evaluate' again"
+    compared_with = facts.get("champion")
+    if compared_with != champion_version:
+        there_is = "there is none" if champion_version is None else f"the champion is version {champion_version}"
+        return (
+            f"the comparison is with {'no champion' if compared_with is None else f'version {compared_with}'}, and "
+            f"{there_is}; run 'braintumor evaluate' again"
+        )
+    if found := _non_finite(facts):
+        return f"the comparison with the champion is unusable: {', '.join(found)} is not finite"
+    if (verdict == NO_CHAMPION) != (champion_version is None) or verdict not in VERDICTS:
+        return f"the comparison's verdict {verdict!r} is unknown, or contradicts its champion {compared_with!r}"
+    told = _text(facts.get("reason")) or "no reason is given"
+    if verdict in (BETTER, NO_DIFFERENCE, NO_CHAMPION) or (verdict == NOT_COMPARABLE and told == SAME_MODEL):
+        return None
+    return f"{verdict} {'than' if verdict == WORSE else 'with'} the champion: {told}"
 
 
 def is_share(value: object) -> bool:

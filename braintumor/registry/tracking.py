@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from braintumor import artifacts
-from braintumor.artifacts import digest_of_files, read_json, sha256_of_file
+from braintumor.artifacts import digest_of_files, read_json, sha256_of_file, write_json
 from braintumor.data.profile import load_profile
 from braintumor.errors import UserError
+from braintumor.evidence.verdicts import SAME_MODEL
 from braintumor.params import Params, PrivacyParams
 from braintumor.progress import warn
 from braintumor.registry.server import ARTIFACT_FOLDER, connected, database_file, error_code, holds_nothing_yet
@@ -44,8 +45,7 @@ PROFILE_SHA256 = "profile_sha256"
 EVALUATION_ARTIFACTS = "evaluation"
 # Under which rules the pictures in a run's evaluation were drawn.
 PRIVACY = "evaluation.privacy"
-# Why a promoted model is compared with nothing when it is evaluated again.
-SAME_MODEL = "the champion is this very model"
+EVIDENCE_SHA256 = "evidence_sha256"
 # Among a run's artifacts: the digest of each image file that the model was trained on; a digest names no patient.
 SEEN_LIST = "training/seen_images.sha256"
 SEEN_LIST_SHA256 = "seen_images_sha256"
@@ -137,7 +137,7 @@ def publish(
         if evaluation is not None:
             _publish_evaluation(client, run_id, evaluation, digest, params.privacy)
         if decision is not None:
-            _publish_decision(client, run_id, decision, digest)
+            _publish_decision(client, run_id, decision, digest, evaluation)
         if validation is not None:
             _publish_validation(client, run_id, validation, str(training["data_md5"]))
     return run_id
@@ -155,10 +155,12 @@ def publish_if_reachable(
         return None
 
 
-def publish_decision_if_reachable(decision: Path, validation: Path | None = None) -> str | None:
+def publish_decision_if_reachable(
+    decision: Path, validation: Path | None = None, evaluation: Path | None = None
+) -> str | None:
     """The gate's verdict, and the Data Docs, stand in the run of the model that was judged; failure is a warning.
 
-    Without such a run nothing is published.
+    Without such a run nothing is published. `evaluation` is what was judged.
     """
     try:
         if holds_nothing_yet():
@@ -167,7 +169,7 @@ def publish_decision_if_reachable(decision: Path, validation: Path | None = None
         with connected() as client:
             run_id = _find_run(client, digest, None)
             if run_id is not None:
-                _publish_decision(client, run_id, decision, digest)
+                _publish_decision(client, run_id, decision, digest, evaluation)
             if run_id is not None and validation is not None:
                 _publish_validation(client, run_id, validation, client.get_run(run_id).data.tags.get("data_md5"))
             return run_id
@@ -197,6 +199,41 @@ def published_profile(client: "MlflowClient", run_id: str, data_md5: str) -> pd.
     if found != data_md5:
         raise UserError(f"the profile that should be of the data {data_md5} is of {found}; {remedy}")
     return profile
+
+
+def published_judgement(run_id: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]] | None:
+    """The metrics, evidence and decision that the run keeps; None where it does not keep all of them."""
+    paths = (
+        f"{EVALUATION_ARTIFACTS}/{artifacts.METRICS}",
+        f"{EVALUATION_ARTIFACTS}/{artifacts.EVIDENCE}",
+        f"gate/{artifacts.DECISION}",
+    )
+    with connected() as client, tempfile.TemporaryDirectory() as scratch:
+        kept = {
+            file.path for folder in (EVALUATION_ARTIFACTS, "gate") for file in client.list_artifacts(run_id, folder)
+        }
+        if not kept.issuperset(paths):
+            return None
+        files = [Path(client.download_artifacts(run_id, path, scratch)) for path in paths]
+        metrics, evidence, decision = (read_json(file, "braintumor evaluate") for file in files)
+        return metrics, evidence, decision
+
+
+def publish_card(run_id: str, card: Mapping[str, Any]) -> None:
+    """The run holds this content of model_card.json."""
+    with connected() as client, tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / Path(artifacts.MODEL_CARD).name
+        write_json(file, dict(card))
+        sha256 = sha256_of_file(file)
+        if not _is_published(client, run_id, "card", sha256):
+            client.log_artifact(run_id, str(file), str(Path(artifacts.MODEL_CARD).parent))
+            _mark_published(client, run_id, "card", sha256)
+
+
+def run_page(run_id: str) -> str:
+    """The address of the run within MLflow's pages."""
+    with connected() as client:
+        return f"#/experiments/{client.get_run(run_id).info.experiment_id}/runs/{run_id}"
 
 
 def record_registration(run_id: str, model_name: str, version: str) -> None:
@@ -266,11 +303,12 @@ def given_run(client: "MlflowClient") -> "Run | None":
 
 
 def get_run(client: "MlflowClient", run_id: str) -> "Run | None":
-    """The run, or None if there is none or it is deleted."""
+    """The run, or None if there is none, it is deleted, or we may not see it."""
     try:
         run = client.get_run(run_id)
     except Exception as error:
-        if error_code(error) not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+        # A server with accounts denies a run that it does not know.
+        if error_code(error) not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"}:
             raise
         return None
     return run if run.info.lifecycle_stage == "active" else None
@@ -301,12 +339,13 @@ def _open_run(client: "MlflowClient", params: Params, training: Mapping[str, Any
 
 def create_run(client: "MlflowClient", params: Params, name: str, tags: Mapping[str, str]) -> str:
     """The id of a new run of the experiment, which `end_run` may end."""
-    own = {OPENED_BY: "braintumor", "mlflow.source.name": "braintumor train", "mlflow.user": _user()}
+    own = {OPENED_BY: "braintumor", "mlflow.source.name": "braintumor train", "mlflow.user": user_name()}
     experiment = ensure_experiment(client, params.registration.experiment)
     return str(client.create_run(experiment, run_name=name, tags=own | dict(tags)).info.run_id)
 
 
-def _user() -> str:
+def user_name() -> str:
+    """Who runs this process."""
     try:
         return getpass.getuser()
     # A container's user may have no name.
@@ -382,9 +421,8 @@ def _publish_evaluation(
         return
     run = client.get_run(run_id)
     shown_before = {PRIVACY: privacy.model_dump_json()}.items() <= run.data.tags.items()
-    comparison = read_json(evaluation / artifacts.EVIDENCE, "braintumor evaluate").get("comparison") or {}
     # It was promoted since: the comparison with its predecessor, on which that rested, stays.
-    if shown_before and comparison.get("reason") == SAME_MODEL:
+    if shown_before and is_of_the_champion(read_json(evaluation / artifacts.EVIDENCE, "braintumor evaluate")):
         return
     _log_changed(client, run, test_figures(metrics))
     set_tags(
@@ -396,16 +434,30 @@ def _publish_evaluation(
     _delete_artifacts(client, run, EVALUATION_ARTIFACTS)
     for path in files:
         client.log_artifact(run_id, str(path), EVALUATION_ARTIFACTS)
-    set_tags(client, run_id, {f"{OUTCOME}.evaluate": "evaluated", PRIVACY: privacy.model_dump_json()})
+    tags = {f"{OUTCOME}.evaluate": "evaluated", PRIVACY: privacy.model_dump_json()}
+    set_tags(client, run_id, {**tags, EVIDENCE_SHA256: sha256_of_file(evaluation / artifacts.EVIDENCE)})
     _add_to_note(client, run, "Report of the evaluation", f"{EVALUATION_ARTIFACTS}/{artifacts.REPORT}")
     _mark_published(client, run_id, EVALUATION_ARTIFACTS, digest)
 
 
-def _publish_decision(client: "MlflowClient", run_id: str, decision: Path, digest: str) -> None:
+def is_of_the_champion(evidence: Mapping[str, Any]) -> bool:
+    """Whether the model that was evaluated is the champion, so that nothing was left to compare it with."""
+    return (evidence.get("comparison") or {}).get("reason") == SAME_MODEL
+
+
+def _publish_decision(
+    client: "MlflowClient", run_id: str, decision: Path, digest: str, evaluation: Path | None
+) -> None:
     file = decision / artifacts.DECISION
     content = read_json(file, "braintumor gate")
-    if content.get("digests", {}).get(MODEL_DIGEST) != digest:
+    digests = content.get("digests", {})
+    if digests.get(MODEL_DIGEST) != digest:
         raise UserError(f"{file} judges another model; run 'braintumor gate' again")
+    if evaluation is not None and is_of_the_champion(read_json(evaluation / artifacts.EVIDENCE, "braintumor evaluate")):
+        shown = client.get_run(run_id).data.tags.get(EVIDENCE_SHA256)
+        # The evaluation on which the promotion rested stays, and so does the decision on it.
+        if shown not in (None, digests.get(EVIDENCE_SHA256)):
+            return
     sha256 = sha256_of_file(file)
     if _is_published(client, run_id, "gate", sha256):
         return

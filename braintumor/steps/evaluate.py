@@ -36,6 +36,7 @@ from braintumor.evidence.predictions import (
 from braintumor.evidence.report import write_report
 from braintumor.evidence.shift import measure_robustness, robustness_images_scored
 from braintumor.evidence.slices import facts_of, measure_slices
+from braintumor.evidence.verdicts import SAME_MODEL
 from braintumor.labels import CLASS_NAMES
 from braintumor.model.checkpoints import clear_finished
 from braintumor.model.images import load_images
@@ -263,7 +264,7 @@ def _comparison(
         return no_champion()
     version = str(facts["version"])
     if facts.get("model_digest") == subject.digest:
-        return not_comparable(tracking.SAME_MODEL, version)
+        return not_comparable(SAME_MODEL, version)
     try:
         with tempfile.TemporaryDirectory(prefix="braintumor-champion-") as folder:
             champion = fetch_champion(facts, params.registration.model_name, Path(folder))

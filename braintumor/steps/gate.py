@@ -26,7 +26,7 @@ def gate(evaluation: Path, context: Path, validation: Path, output: Path, params
         write_json(folder / artifacts.DECISION, decision.as_json())
         # Beside the decision: it depends on the server, and the same files must give the same decision.
         write_json(folder / artifacts.TEST_USES, uses)
-    tracking.publish_decision_if_reachable(output, validation)
+    tracking.publish_decision_if_reachable(output, validation, evaluation)
     return decision
 
 
@@ -41,10 +41,8 @@ def _uses_of_the_test_set(evaluation: Path, decision: Decision) -> dict[str, Any
 def judge(evaluation: Path, context: Path, params: GateParams) -> Decision:
     """The rules applied to the files, and the digests of these very files."""
     metrics = read_json(evaluation / artifacts.METRICS, "braintumor evaluate")
-    current_data_md5 = read_json(context / artifacts.CONTEXT, "braintumor resolve").get("data_md5")
-    if not isinstance(current_data_md5, str) or not current_data_md5:
-        raise UserError(f"{context / artifacts.CONTEXT} has no data_md5; run 'braintumor resolve' again")
-    decision = decide(metrics, params, current_data_md5)
+    current_data_md5, champion_version = _current(context)
+    decision = decide(metrics, _comparison(evaluation), params, current_data_md5, champion_version)
     untouched = _untouched(evaluation, metrics)
     return replace(
         decision,
@@ -52,6 +50,27 @@ def judge(evaluation: Path, context: Path, params: GateParams) -> Decision:
         checks=(*decision.checks, untouched),
         digests=decision.digests | {"metrics_sha256": sha256_of_file(evaluation / artifacts.METRICS)},
     )
+
+
+def _current(context: Path) -> tuple[str, str | None]:
+    """The data version and the champion's version that count now; None for no champion."""
+    file = context / artifacts.CONTEXT
+    facts = read_json(file, "braintumor resolve")
+    data_md5, champion = facts.get("data_md5"), facts.get("champion", "")
+    if not isinstance(data_md5, str) or not data_md5:
+        raise UserError(f"{file} has no data_md5; run 'braintumor resolve' again")
+    if champion is None:
+        return data_md5, None
+    version = champion.get("version") if isinstance(champion, Mapping) else None
+    if not isinstance(version, str) or not version:
+        raise UserError(f"{file} does not say which version is the champion; run 'braintumor resolve' again")
+    return data_md5, version
+
+
+def _comparison(evaluation: Path) -> object:
+    """The evidence's comparison with the champion; None where there is no evidence, which closes the gate anyway."""
+    file = evaluation / artifacts.EVIDENCE
+    return read_json(file, "braintumor evaluate").get("comparison") if file.is_file() else None
 
 
 def _untouched(evaluation: Path, metrics: Mapping[str, Any]) -> Check:

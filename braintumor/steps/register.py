@@ -20,7 +20,8 @@ from braintumor.model.saved import model_digest
 from braintumor.params import EvaluateParams, Params
 from braintumor.progress import note
 from braintumor.registry import tracking
-from braintumor.registry.model_card import version_tags, write_card
+from braintumor.registry.model_card import CardFacts, version_tags, write_card
+from braintumor.registry.model_card_json import make_card_json
 from braintumor.registry.policy import Decision
 from braintumor.registry.test_set_uses import earlier_decisions
 from braintumor.registry.versions import register_version
@@ -50,6 +51,7 @@ class _Evidence:
 
     training: dict[str, Any]
     metrics: dict[str, Any]
+    evidence: dict[str, Any]
     decision: Decision
 
 
@@ -75,13 +77,15 @@ def register(
     uses = earlier_decisions(evidence.metrics["test_md5"], evidence.metrics["model_digest"])
     run_id = tracking.publish(params, model, evaluation, decision, validation)
     name, alias = params.registration.model_name, params.registration.alias
+    facts = _facts_of_the_card(evidence, run_id, uses)
+    tracking.publish_card(run_id, make_card_json(facts, name))
     version = register_version(
         model / artifacts.MODEL,
         name,
         alias,
         run_id,
-        version_tags(evidence.metrics, evidence.training, uses),
-        write_card(evidence.metrics, evidence.decision, evidence.training, uses),
+        version_tags(facts),
+        write_card(facts, tracking.run_page(run_id)),
     )
     tracking.record_registration(run_id, name, version.number)
     if version.alias is None:
@@ -97,6 +101,14 @@ def register(
     with replacing_directory(output) as folder:
         write_json(folder / artifacts.REGISTRATION, asdict(registration))
     return registration
+
+
+def _facts_of_the_card(found: _Evidence, run_id: str, uses: int) -> CardFacts:
+    judgement = (found.metrics, found.evidence, found.decision.as_json())
+    # A model that was promoted since keeps the page that a reviewer went by.
+    if tracking.is_of_the_champion(found.evidence):
+        judgement = tracking.published_judgement(run_id) or judgement
+    return CardFacts(*judgement, found.training, uses)
 
 
 def _check_evidence(
@@ -135,7 +147,8 @@ def _check_evidence(
         raise _stale(
             decision / artifacts.DECISION, "the rules, run again on the files that are here, decide otherwise", GATE
         )
-    return _Evidence(training, metrics, judged)
+    evidence = read_json(evaluation / artifacts.EVIDENCE, EVALUATE)
+    return _Evidence(training, metrics, evidence, judged)
 
 
 def _refuse_other_digests(

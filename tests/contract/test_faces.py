@@ -35,7 +35,8 @@ SHOWN_IN_THE_RUN = {"braintumor.data.profile", "braintumor.data.privacy"}
 EXEMPT = {
     "validate": set(),
     "split": {f"braintumor.data.{name}" for name in ("masks", "oddities", "patients", "split_check")},
-    "train": CHECKS | SHOWN_IN_THE_RUN | {"braintumor.evidence.plots"},
+    # It only shares the module with the step that publishes evaluations.
+    "train": CHECKS | SHOWN_IN_THE_RUN | {"braintumor.evidence.plots", "braintumor.evidence.verdicts"},
     # It clears what the training left for a next attempt. Masks, planes and privacy decide what its report shows.
     "evaluate": (CHECKS | SHOWN_IN_THE_RUN | {"braintumor.model.densenet", "braintumor.model.checkpoints"})
     - {f"braintumor.data.{name}" for name in ("masks", "patients", "privacy")},

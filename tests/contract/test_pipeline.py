@@ -159,7 +159,7 @@ def test_parameters_of_the_profile_travel_as_text_that_gives_them_back(
         "dataset": "latest", "force": False, "params": profile.as_json(),
     }  # fmt: skip
     sent = parse_params(inputs["params"]["defaultValue"])
-    assert sent.model_dump() == profile.model_dump(exclude={"cluster"})
+    assert sent.model_dump() == profile.model_dump(exclude={"cluster", "promote"})
 
 
 def test_only_steps_without_effects_are_cached_and_only_with_a_digest(package: tuple[str, Profile, Package]) -> None:

@@ -8,12 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from braintumor.artifacts import JUDGED_FILES, sha256_key
+from braintumor.evidence.comparison import no_champion, not_comparable
+from braintumor.evidence.verdicts import SAME_MODEL
 from braintumor.labels import CLASS_NAMES
-from braintumor.params import Bound, GateParams
+from braintumor.params import Bound, GateParams, Rule
 from braintumor.registry.policy import (
     NEEDED_CLASS_FIGURES,
     NEEDED_DIGESTS,
     NEEDED_FIGURES,
+    NOT_WORSE,
     Check,
     Decision,
     decide,
@@ -28,6 +31,7 @@ POLICY = GateParams(
     min_class_recall=Bound(value=0.80, required=True),
     max_ece=Bound(value=0.08, required=True),
     min_ood_auroc=Bound(value=0.85, required=True),
+    not_worse_than_champion=Rule(required=True),
 )
 OPTIONAL = [name for name in GateParams.model_fields if name != "min_accuracy"]
 GOOD: dict[str, Any] = {
@@ -75,7 +79,17 @@ def without(*path: str) -> dict[str, Any]:
 
 
 def judge(metrics: dict[str, Any], policy: GateParams = POLICY) -> Decision:
-    return decide(metrics, policy, DATA_MD5)
+    return decide(metrics, no_champion(), policy, DATA_MD5, None)
+
+
+def compared(verdict: Any, champion: Any = "3", **changes: Any) -> dict[str, Any]:
+    figures = {"accuracy": {"challenger": 0.97, "champion": 0.95, "difference": 0.02, "interval": [0.01, 0.03]}}
+    told = {"verdict": verdict, "reason": "as it is", "champion": champion, "n": 400, "n_groups": 90, "n_excluded": 0}
+    return {**told, "figures": figures, "only_challenger_right": 9, "only_champion_right": 1, **changes}
+
+
+def judge_comparison(comparison: Any, champion_version: str | None = "3", **policy: Any) -> Decision:
+    return decide(GOOD, comparison, POLICY.model_copy(update=policy), DATA_MD5, champion_version)
 
 
 def check(decision: Decision, name: str) -> Check:
@@ -97,6 +111,7 @@ def test_good_figures_pass_every_check() -> None:
         "min_class_recall",
         "max_ece",
         "min_ood_auroc",
+        "not_worse_than_champion",
     ]
 
 
@@ -164,7 +179,8 @@ def test_a_floor_that_is_not_required_only_warns() -> None:
 
 
 def test_integrity_is_required_though_no_floor_is() -> None:
-    nothing = GateParams(**{name: Bound(value=0, required=False) for name in GateParams.model_fields})
+    bounds: dict[str, Any] = dict.fromkeys(GateParams.model_fields, Bound(value=0, required=False))
+    nothing = GateParams(**bounds | {NOT_WORSE: Rule(required=False)})
     assert judge(GOOD, nothing).passed
     for broken in (without("macro_f1"), changed("data_md5", to="other"), changed("protocol", to="declared")):
         assert not judge(broken, nothing).passed
@@ -249,6 +265,62 @@ def test_a_protocol_that_keeps_the_leaks_can_never_pass(protocol: str, may_pass:
 @pytest.mark.parametrize("protocol", ["Official", "", None, ["official"], 1])
 def test_an_unknown_protocol_closes_the_gate(protocol: Any) -> None:
     assert not judge(changed("protocol", to=protocol)).passed
+
+
+@pytest.mark.parametrize("verdict", ["better", "no difference found"])
+def test_a_model_that_is_not_worse_than_the_champion_passes(verdict: str) -> None:
+    decision = judge_comparison(compared(verdict))
+    assert decision.passed and check(decision, NOT_WORSE).value == verdict
+
+
+def test_where_there_is_no_champion_nothing_can_be_worse() -> None:
+    assert judge_comparison(no_champion(), None).passed
+
+
+def test_the_champion_itself_is_not_worse_than_the_champion() -> None:
+    assert judge_comparison(not_comparable(SAME_MODEL, "3")).passed
+    assert not judge_comparison(not_comparable(SAME_MODEL, "2")).passed
+
+
+UNPROVEN: dict[str, Any] = {
+    "worse": compared("worse"),
+    "not comparable": not_comparable("too few images are left", "3"),
+    "missing": None,
+    "empty": {},
+    "no object": ["better"],
+    "without a verdict": compared(None),
+    "unknown verdict": compared("Better"),
+    "a verdict that is no text": compared(["better"]),
+    "with another champion": compared("better", champion="2"),
+    "with a number for a champion": compared("better", champion=3),
+    "with nobody": no_champion(),
+    "not finite": compared("better", figures={"accuracy": {"interval": [math.nan, 0.03]}}),
+    "contradictory": compared("no champion"),
+}
+
+
+@pytest.mark.parametrize("comparison", UNPROVEN.values(), ids=UNPROVEN)
+def test_a_model_that_was_not_shown_to_be_as_good_as_the_champion_does_not_pass(comparison: Any) -> None:
+    decision = judge_comparison(comparison)
+    assert not decision.passed
+    assert decision.failures == [check(decision, NOT_WORSE).reason] and decision.failures != [""]
+    json.dumps(decision.as_json(), allow_nan=False)
+
+
+def test_a_verdict_that_nobody_knows_is_told_as_such() -> None:
+    assert "'Better' is unknown" in check(judge_comparison(compared("Better")), NOT_WORSE).reason
+
+
+@pytest.mark.parametrize("comparison", [compared("better"), compared("better", champion=None), None])
+def test_a_comparison_with_a_champion_that_is_gone_does_not_pass(comparison: Any) -> None:
+    assert not judge_comparison(comparison, None).passed
+
+
+@pytest.mark.parametrize("comparison", UNPROVEN.values(), ids=UNPROVEN)
+def test_where_the_comparison_is_not_required_it_only_warns(comparison: Any) -> None:
+    decision = judge_comparison(comparison, not_worse_than_champion=Rule(required=False))
+    assert decision.passed and decision.warnings == [check(decision, NOT_WORSE).reason]
+    assert judge_comparison(comparison, not_worse_than_champion=None).warnings == []
 
 
 NUMBERS = st.floats(0.95, 1)

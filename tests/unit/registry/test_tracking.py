@@ -12,6 +12,7 @@ from mlflow.entities import Run
 from braintumor import artifacts
 from braintumor.data.profile import load_profile, write_profile
 from braintumor.errors import RegistryUnreachable, UserError
+from braintumor.evidence.verdicts import SAME_MODEL
 from braintumor.params import Params
 from braintumor.registry import tracking
 from braintumor.registry.server import connected, tracking_uri
@@ -135,7 +136,7 @@ def test_evaluation_that_a_promotion_rested_on_stays_unless_privacy_became_stric
 
     before = kept_report()
     assert "after {}" in before
-    comparison = {"champion": "1", "reason": tracking.SAME_MODEL}
+    comparison = {"champion": "1", "reason": SAME_MODEL}
     folders.edit(folders.evaluation / artifacts.EVIDENCE, comparison=comparison)
     assert kept_report(gate=params.gate) == before
     stricter = params.privacy.model_copy(update={"copy_images": "none"})

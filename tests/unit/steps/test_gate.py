@@ -8,7 +8,7 @@ import pytest
 from braintumor import artifacts
 from braintumor.artifacts import sha256_of_file
 from braintumor.errors import UserError
-from braintumor.params import Params
+from braintumor.params import Params, Rule
 from braintumor.steps.gate import gate
 
 MakeFolders = Callable[..., Any]
@@ -100,7 +100,9 @@ def test_files_other_than_those_of_the_metrics_do_not_pass(
     else:
         file.unlink()
     decision = run(folders, params)
-    assert decision["passed"] is False and failed(decision) == {"files_untouched"}
+    # An evidence that is gone proves nothing about the champion either.
+    gone = {"not_worse_than_champion"} if (harm, name) == ("removed", artifacts.EVIDENCE) else set()
+    assert decision["passed"] is False and failed(decision) == {"files_untouched"} | gone
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "null", "\x00"])
@@ -124,6 +126,54 @@ def test_a_context_without_a_data_version_is_a_user_error(
 ) -> None:
     folders = make_folders()
     folders.edit(folders.context / artifacts.CONTEXT, data_md5=value)
+    with pytest.raises(UserError, match="braintumor resolve"):
+        gate(folders.evaluation, folders.context, folders.validation, folders.decision, params.gate)
+    assert not folders.decision.exists()
+
+
+CHAMPION = {"version": "3", "model_digest": "c" * 64, "data_md5": "d" * 32}
+
+
+def compare(folders: Any, comparison: Any) -> None:
+    """The evaluation holds this comparison, and its metrics name it."""
+    folders.edit(folders.evaluation / artifacts.EVIDENCE, comparison=comparison)
+    digest = sha256_of_file(folders.evaluation / artifacts.EVIDENCE)
+    folders.edit(folders.evaluation / artifacts.METRICS, evidence_sha256=digest)
+
+
+def test_a_model_that_is_worse_than_the_champion_passes_only_where_that_is_not_required(
+    make_folders: MakeFolders, params: Params
+) -> None:
+    folders = make_folders()
+    folders.edit(folders.context / artifacts.CONTEXT, champion=CHAMPION)
+    compare(folders, {"verdict": "worse", "reason": "it knows less", "champion": "3"})
+    decision = run(folders, params)
+    assert decision["passed"] is True and failed(decision) == {"not_worse_than_champion"}
+    required = params.gate.model_copy(update={"not_worse_than_champion": Rule(required=True)})
+    decision = run(folders, params.model_copy(update={"gate": required}))
+    assert decision["passed"] is False and failed(decision) == {"not_worse_than_champion"}
+    compare(folders, {"verdict": "better", "reason": "it knows more", "champion": "3"})
+    assert failed(run(folders, params)) == set()
+
+
+def test_a_comparison_made_before_the_champion_changed_does_not_pass(make_folders: MakeFolders, params: Params) -> None:
+    folders = make_folders()
+    folders.edit(folders.context / artifacts.CONTEXT, champion=CHAMPION)
+    assert failed(run(folders, params)) == {"not_worse_than_champion"}
+
+
+def test_an_evaluation_without_a_comparison_does_not_pass(make_folders: MakeFolders, params: Params) -> None:
+    folders = make_folders()
+    compare(folders, None)
+    assert failed(run(folders, params)) == {"not_worse_than_champion"}
+
+
+@pytest.mark.parametrize("champion", ["3", 3, [], {}, {"version": None}, {"version": 3}, {"version": ""}, False])
+def test_a_context_that_does_not_name_the_champion_is_a_user_error(
+    champion: Any, make_folders: MakeFolders, params: Params
+) -> None:
+    folders = make_folders()
+    folders.edit(folders.context / artifacts.CONTEXT, champion=champion)
     with pytest.raises(UserError, match="braintumor resolve"):
         gate(folders.evaluation, folders.context, folders.validation, folders.decision, params.gate)
     assert not folders.decision.exists()

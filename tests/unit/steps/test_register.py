@@ -11,8 +11,10 @@ import pytest
 from braintumor import artifacts
 from braintumor.artifacts import sha256_of_file
 from braintumor.errors import GateNotPassed, RegistryUnreachable, UserError
+from braintumor.evidence.comparison import not_comparable
 from braintumor.evidence.metrics import compute_test_metrics
 from braintumor.evidence.predictions import read_predictions
+from braintumor.evidence.verdicts import SAME_MODEL
 from braintumor.params import Params
 from braintumor.registry.server import connected
 from braintumor.steps.gate import gate
@@ -79,9 +81,44 @@ def test_a_model_that_passed_becomes_the_challenger(passed: Any, params: Params)
         "protocol", "claim", "data_md5", "git_commit", "splits_sha256",
     }  # fmt: skip
     assert "A research tool, not a diagnostic device" in version.description
-    assert "| meningioma | 15 |" in version.description
+    assert "| meningioma&ensp; | 15&ensp; |" in version.description
+    assert f"#/experiments/{run.info.experiment_id}/runs/{registration.run_id}/artifacts/" in version.description
+    assert version.tags["metrics_sha256"] == sha256_of_file(passed.evaluation / artifacts.METRICS)
     assert run.data.tags["outcome"] == "registered"
     assert run.data.tags["outcome.register"] == f"{NAME} version 1"
+
+
+def published(run_id: str, path: str) -> Any:
+    with connected() as client:
+        return json.loads(Path(client.download_artifacts(run_id, path)).read_text())
+
+
+def test_the_card_for_programs_stands_in_the_run(passed: Any, params: Params) -> None:
+    registration = run_register(passed, params)
+    card = published(registration.run_id, artifacts.MODEL_CARD)
+    assert card["model_details"]["version"]["name"] == registration.model_digest
+    assert card["model_details"]["name"] == NAME
+
+
+def test_the_page_that_a_promotion_rested_on_stays_when_the_champion_is_judged_again(
+    passed: Any, params: Params
+) -> None:
+    def shown() -> tuple[Any, ...]:
+        (version,) = versions()
+        files = (artifacts.MODEL_CARD, "gate/decision.json", "evaluation/evidence.json", "evaluation/metrics.json")
+        return version.description, version.tags, *(published(version.run_id, path) for path in files)
+
+    first = run_register(passed, params)
+    before = shown()
+    facts = {"version": first.version, "model_digest": first.model_digest, "data_md5": first.data_md5}
+    passed.edit(passed.context / artifacts.CONTEXT, champion=facts)
+    evidence, metrics = (passed.evaluation / name for name in (artifacts.EVIDENCE, artifacts.METRICS))
+    passed.edit(evidence, comparison=not_comparable(SAME_MODEL, first.version))
+    passed.edit(metrics, evidence_sha256=sha256_of_file(evidence))
+    run_gate(passed, params)
+    assert shown() == before
+    assert run_register(passed, params) == first
+    assert shown() == before
 
 
 def test_registering_twice_makes_one_version_and_the_same_file(passed: Any, params: Params) -> None:

@@ -40,7 +40,7 @@ class Evaluation:
 @pytest.fixture(scope="session")
 def evaluate_params() -> EvaluateParams:
     """The committed parameters, with fewer bootstrap samples."""
-    committed = load_params(Path(__file__).parents[3] / "params.yaml").evaluate
+    committed = load_params(Path(__file__).parents[2] / "params.yaml").evaluate
     return committed.model_copy(update={"bootstrap_samples": 200})
 
 
