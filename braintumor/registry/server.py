@@ -1,10 +1,13 @@
 """The way to the MLflow server: its address, how long we wait for it, and its failures in words."""
 
 import os
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from braintumor.errors import RegistryUnreachable, UserError
 
@@ -12,8 +15,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SQLITE = "sqlite:///"
+SERVER = ("http://", "https://")
 DEFAULT_DATABASE = "mlflow.db"
 ARTIFACT_FOLDER = "mlartifacts"
+CHAMPION = "champion"
 
 # MLflow's own defaults wait four minutes for a server that is away. A value that the user sets comes first.
 RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1"}
@@ -26,6 +31,9 @@ UNREACHABLE_CODES = frozenset(
 REFUSED_CODES = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"})
 # MLflow lets these libraries' exceptions through when its database or artifact store fails.
 TRANSPORT_LIBRARIES = frozenset({"requests", "urllib3", "sqlalchemy", "botocore", "boto3", "s3transfer"})
+
+# The servers that this process has found to be of our major version.
+_known_servers: set[str] = set()
 
 
 def tracking_uri() -> str:
@@ -41,7 +49,7 @@ def database_file(address: str) -> Path | None:
 def run_address(experiment_id: str, run_id: str) -> str | None:
     """The page of the run in the server's UI, without user and password; None for a store that is no server."""
     address = tracking_uri()
-    if not address.startswith(("http://", "https://")):
+    if not address.startswith(SERVER):
         return None
     return f"{_hide_password(address, address).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
 
@@ -58,7 +66,8 @@ def connected(*, is_patient: bool = True) -> Iterator["MlflowClient"]:
 
     A server that is away is known within 15 s. With `is_patient` False every later call is as short of breath.
 
-    Raises RegistryUnreachable where the server, its database or its artifact store does not answer.
+    Raises RegistryUnreachable where the server, its database or its artifact store does not answer, and UserError for
+    a server of another major version of MLflow.
     """
     address = tracking_uri()
     # MLflow's SQLite store looks its own address up in the environment again.
@@ -67,7 +76,7 @@ def connected(*, is_patient: bool = True) -> Iterator["MlflowClient"]:
             client = _client(address)
             if database_file(address) is None:
                 with environment(_unless_set(IMPATIENCE)):
-                    client.search_experiments(max_results=1)
+                    _check_major_version(client, address)
             with environment(_unless_set(RETRIES if is_patient else IMPATIENCE)):
                 yield client
         except UserError:
@@ -85,12 +94,69 @@ def error_code(error: Exception) -> str | None:
     return code if isinstance(code, str) else None
 
 
+def server_time(client: "MlflowClient") -> datetime:
+    """What the server's clock says, to the second, in UTC; for a database that is this machine's clock."""
+    address = client.tracking_uri
+    if not address.startswith(SERVER):
+        return datetime.now(UTC)
+    try:
+        return parsedate_to_datetime(_get(address, "/health").headers["Date"]).astimezone(UTC)
+    except (KeyError, ValueError):
+        raise RegistryUnreachable(
+            f"MLflow at {_hide_password(address, address)} does not tell the time; let answers keep their header Date"
+        ) from None
+
+
+def spelled_alike(aliases: Iterable[str]) -> list[str]:
+    """The aliases that a reader takes for 'champion', and MLflow does not: in capitals, wide letters or with spaces."""
+    return sorted(
+        alias
+        for alias in aliases
+        if alias != CHAMPION and unicodedata.normalize("NFKC", alias).casefold().strip() == CHAMPION
+    )
+
+
+def _check_major_version(client: "MlflowClient", address: str) -> None:
+    """The server answers; raises UserError where it is of another major version than this client."""
+    from mlflow.version import VERSION
+
+    theirs = ""
+    if address.startswith(SERVER) and address not in _known_servers:
+        answer = _get(address, "/version")
+        theirs = answer.text.strip() if answer.status_code == 200 else ""
+        if theirs.partition(".")[0].isdecimal():
+            if theirs.partition(".")[0] != VERSION.partition(".")[0]:
+                raise _other_version(address, f"is MLflow {theirs[:20]}", VERSION)
+            _known_servers.add(address)
+    # It also tells whether we may ask at all, where /version did not answer because we may not.
+    client.search_experiments(max_results=1)
+    if address.startswith(SERVER) and address not in _known_servers:
+        raise _other_version(address, "does not tell its version at /version", VERSION)
+
+
+def _other_version(address: str, fact: str, ours: str) -> UserError:
+    return UserError(
+        f"the server at {_hide_password(address, address)} {fact}, and this is MLflow {ours}; nothing was read or "
+        "written there; install the server's major version here, or ours there (see its notes on 'mlflow db upgrade')"
+    )
+
+
+def _get(address: str, path: str) -> Any:
+    """The server's answer, asked as MLflow's client asks: with its credentials, certificates and patience."""
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    return http_request(get_default_host_creds(address), path, "GET")
+
+
 def _client(address: str) -> "MlflowClient":
     # Read by MLflow when it is first imported.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    # The address that MLflow prints holds the user and password that MLFLOW_TRACKING_URI may have.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=address)
