@@ -18,7 +18,8 @@ from braintumor import artifacts
 from braintumor.data.profile import Accepted
 from braintumor.errors import UserError
 from braintumor.model.saved import model_digest
-from braintumor.registry.server import connected, error_code, holds_nothing_yet
+from braintumor.registry import ledger
+from braintumor.registry.server import CHAMPION, connected, error_code, holds_nothing_yet, spelled_alike
 from braintumor.registry.tracking import published_profile
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
-CHAMPION = "champion"
 MODEL_DIGEST = "model_digest"
 CARD_SHA256 = "card_sha256"
 LOGGED_MODEL = "classifier"
@@ -66,7 +66,7 @@ def champion(model_name: str) -> dict[str, str | None] | None:
 
 def run_of_version(client: "MlflowClient", model_name: str, number: str) -> tuple[str, dict[str, str]] | None:
     """The run that a version comes from, and the version's tags; None if there is no such version."""
-    found = _by_number(client, model_name, number)
+    found = version_by_number(client, model_name, number)
     return None if found is None else (str(found.run_id), dict(found.tags))
 
 
@@ -130,11 +130,14 @@ def register_version(
 def download_model(model_name: str, alias_or_version: str, target: Path) -> Path:
     """The model file of a version, byte for byte as it was trained, in the folder `target`.
 
-    Raises UserError if there is no such version, or if what the store holds is not the model that was registered.
+    Raises UserError if there is no such version, if what the store holds is not the model that was registered, and for
+    a champion that the ledger of promotions does not know as such.
     """
+    if spelled_alike([alias_or_version]):
+        raise UserError(f"the alias {alias_or_version!r} is not {CHAMPION!r}; spell it so")
     with connected() as client:
         version = (
-            _by_number(client, model_name, alias_or_version)
+            version_by_number(client, model_name, alias_or_version)
             if alias_or_version.isdecimal()
             else _by_alias(client, model_name, alias_or_version)
         )
@@ -143,6 +146,8 @@ def download_model(model_name: str, alias_or_version: str, target: Path) -> Path
                 f"MLflow has no version {alias_or_version!r} of {model_name}; "
                 "give --alias with another alias (as 'challenger') or a number, or --model with a file"
             )
+        if alias_or_version == CHAMPION:
+            _refuse_unrecorded(client, version)
         file = _download(client, version, target)
     expected = version.tags.get(MODEL_DIGEST)
     if expected is None or model_digest(file) != expected:
@@ -152,6 +157,25 @@ def download_model(model_name: str, alias_or_version: str, target: Path) -> Path
             "register the model again"
         )
     return file
+
+
+def _refuse_unrecorded(client: "MlflowClient", version: "ModelVersion") -> None:
+    """Where promotions are recorded, the version is the champion of the record, and the model of then."""
+    entries = ledger.read(client, version.name)
+    if not entries:
+        return
+    number, champion = str(version.version), ledger.champion_of(entries)
+    if champion != number:
+        raise UserError(
+            f"the alias 'champion' of {version.name} is set to version {number}, whose promotion is not recorded (the "
+            f"recorded champion: {champion or 'none'}); run 'braintumor promoter --once', or give --alias with a number"
+        )
+    made = ledger.was_champion(entries, number)
+    if made is None or made.entry.digests.get(MODEL_DIGEST) != version.tags.get(MODEL_DIGEST):
+        raise UserError(
+            f"version {number} of {version.name} is another model than the one that was promoted: its tag "
+            f"{MODEL_DIGEST} was changed; see 'braintumor history --verify', then promote another version"
+        )
 
 
 def _download(client: "MlflowClient", version: "ModelVersion", target: Path) -> Path:
@@ -186,7 +210,8 @@ def _by_alias(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | 
         return None
 
 
-def _by_number(client: "MlflowClient", name: str, number: str) -> "ModelVersion | None":
+def version_by_number(client: "MlflowClient", name: str, number: str) -> "ModelVersion | None":
+    """The version; None if there is none, or it is deleted."""
     try:
         return client.get_model_version(name, number)
     except Exception as error:
