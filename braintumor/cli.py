@@ -29,6 +29,8 @@ app.add_typer(model_app, name="model")
 app.add_typer(params_app, name="params")
 pipeline_app = typer.Typer(help="The same steps on Kubeflow Pipelines.", no_args_is_help=True)
 app.add_typer(pipeline_app, name="pipeline")
+registry_app = typer.Typer(help="Make MLflow's server ready for a team.", no_args_is_help=True)
+app.add_typer(registry_app, name="registry")
 
 Dataset = Annotated[Path, typer.Option(help="Folder of images: {train,test}/<class>/.")]
 Output = Annotated[Path, typer.Option(help="Folder to make; an earlier one is replaced at the end.")]
@@ -46,6 +48,7 @@ ClusterDataset = Annotated[str, typer.Option("--dataset", help="Md5 of a publish
 Force = Annotated[bool, typer.Option("--force", help="Train though nothing is new.")]
 Namespace = Annotated[str | None, typer.Option(help="Namespace of the user, on a cluster with several users.")]
 Experiment = Annotated[str, typer.Option(help="Group of runs in the UI; made if it is absent.")]
+Reason = Annotated[str, typer.Option(help="Why; it stands in the ledger.")]
 ScheduleName = Annotated[str, typer.Option("--name", help="Small letters, digits and '-'; one schedule a name.")]
 
 WITH_ADD, OF_VOLUMES = "With --add", "DICOM series and NIfTI volumes"
@@ -236,6 +239,89 @@ def predict(
         print(f"{len(predictions)} images with their heat maps are in {explain}")
     if unreadable:
         raise UserError("\n".join(unreadable))
+
+
+@app.command(rich_help_panel="Promote")
+def promote(
+    version: Annotated[str, typer.Argument(help="Number of the version, as the model's page in MLflow shows it.")],
+    reason: Reason,
+    override: Annotated[
+        str, typer.Option(help="Why all the same, where the version is worse, not comparable or too old.")
+    ] = "",
+    params_file: ParamsFile = PARAMS,
+) -> None:
+    """Make a version the champion; exit code 4 if it may not be promoted.
+
+    All evidence is read anew from MLflow and judged by the rules of --params.
+    Setting the alias 'champion' on the version's page does the same.
+    """
+    from braintumor.params import load_params
+    from braintumor.registry.promotions import promote
+
+    params = load_params(params_file)
+    print(f"promote: {promote(params.registration.model_name, version, reason, override, params)}")
+
+
+@app.command(rich_help_panel="Promote")
+def rollback(reason: Reason, params_file: ParamsFile = PARAMS) -> None:
+    """Make the champion before the present one the champion again."""
+    from braintumor.params import load_params
+    from braintumor.registry.promotions import rollback
+
+    params = load_params(params_file)
+    print(f"rollback: {rollback(params.registration.model_name, reason, params)}")
+
+
+@app.command(rich_help_panel="Promote")
+def history(
+    verify: Annotated[bool, typer.Option("--verify", help="Check every entry, and all that refers to it.")] = False,
+    contains: Annotated[
+        str, typer.Option(metavar="SHA256", help="Fail unless the ledger holds the entry of this hash.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
+    params_file: ParamsFile = PARAMS,
+) -> None:
+    """Show the ledger: who promoted what, when and why."""
+    from braintumor.params import load_params
+    from braintumor.registry import history
+
+    model_name = load_params(params_file).registration.model_name
+    verified = history.verify_history(model_name) if verify else None
+    entries = history.history(model_name)
+    if contains:
+        history.find_hash(entries, contains)
+    if as_json:
+        print(history.as_json(entries, model_name))
+        return
+    history.show_history(entries)
+    if verified is not None and verified.head_sha256:
+        print(f"history: the chain holds, {verified.n} entries; the hash of the last is {verified.head_sha256}")
+
+
+@app.command(rich_help_panel="Promote")
+def promoter(
+    once: Annotated[bool, typer.Option("--once", help="Carry out what there is, and end.")] = False,
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where /webhook and /health are served.")
+    ] = "0.0.0.0:8080",
+    params_file: ParamsFile = PARAMS,
+) -> None:
+    """Run the service that carries out what reviewers decide.
+
+    Each change of the alias 'champion' gets its entry in the ledger, and
+    BRAINTUMOR_DEPLOY_HOOK its call, signed with BRAINTUMOR_DEPLOY_SECRET; what
+    may not be promoted is put back. MLflow's webhook, signed with
+    BRAINTUMOR_WEBHOOK_SECRET, wakes it; what no webhook told it finds by itself.
+    """
+    from braintumor.params import load_params
+    from braintumor.promoter import promote_once, serve
+
+    params = load_params(params_file)
+    if not once:
+        serve(params, listen)
+        return
+    lines = promote_once(params)
+    print("\n".join(lines) or "promoter: nothing to do")
 
 
 @app.command(rich_help_panel="Use")
@@ -429,6 +515,33 @@ def params_use(name: Annotated[str, typer.Argument(help="A profile, as 'braintum
     from braintumor.params import use_profile
 
     print(f"params.yaml is now a copy of {use_profile(name)}")
+
+
+@registry_app.command("setup")
+def registry_setup(
+    users: Annotated[
+        Path | None,
+        typer.Option(metavar="YAML", help="A line 'name: role' a user: reviewer, promoter, pipeline, reader."),
+    ] = None,
+    passwords: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A file a user, of his name; else BRAINTUMOR_PASSWORD_<NAME>.")
+    ] = None,
+    webhook_address: Annotated[
+        str | None, typer.Option(help="The promoter's /webhook; needs BRAINTUMOR_WEBHOOK_SECRET.")
+    ] = None,
+    params_file: ParamsFile = PARAMS,
+) -> None:
+    """Make roles, users, the model and the promoter's webhook, as often as you like.
+
+    Takes an administrator's MLFLOW_TRACKING_USERNAME and
+    MLFLOW_TRACKING_PASSWORD, and a server that was started with
+    --app-name braintumor-auth. Users who are not named stay as they are.
+    """
+    from braintumor.params import load_params
+    from braintumor.registry.provisioning import set_up
+
+    done = set_up(load_params(params_file).registration, users, passwords, webhook_address)
+    print("\n".join(f"registry: {line}" for line in done) or "registry: all is there")
 
 
 @pipeline_app.command("compile")

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 import yaml
 
 from braintumor.errors import UserError
-from braintumor.params import list_profiles, load_params, use_profile
+from braintumor.params import list_profiles, load_params, parse_params, use_profile
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +30,15 @@ def test_every_committed_file_is_complete(path: Path) -> None:
     params = load_params(path)
     assert params.gate.min_accuracy.required
     assert params.gate.min_accuracy.value >= 0.92
+    assert params.gate.not_worse_than_champion is not None and params.promote.max_age_days > 0
+
+
+def test_what_changes_no_result_is_shown_to_no_step(tmp_path: Path) -> None:
+    profile = load_params(ROOT / "params.yaml")
+    other = load_params(changed(tmp_path, "promote", max_age_days=7))
+    assert other.as_json() == profile.as_json()
+    assert parse_params(profile.as_json()).as_json() == profile.as_json()
+    assert not {"cluster", "promote"} & set(json.loads(profile.as_json()))
 
 
 @pytest.mark.parametrize(
@@ -41,6 +51,10 @@ def test_every_committed_file_is_complete(path: Path) -> None:
         ("train", {"batch_size": 0}, "train.batch_size is 0"),
         ("gate", {"min_accuracy": {"value": 1.2, "required": True}}, "gate.min_accuracy.value is 1.2"),
         ("gate", {"min_accuracy": {"value": 0.9}}, "gate.min_accuracy.required is missing"),
+        ("gate", {"not_worse_than_champion": {}}, "gate.not_worse_than_champion.required is missing"),
+        ("gate", {"not_worse_than_champion": {"value": 0.9, "required": True}}, "not_worse_than_champion.value is"),
+        ("promote", {"max_age_days": 0}, "promote.max_age_days is 0"),
+        ("promote", {"poll_seconds": None}, "promote.poll_seconds is missing"),
         ("register", {"alias": "Challenger"}, "register.alias is 'Challenger'"),
         ("register", {"alias": "champion"}, "a reviewer sets 'champion'"),
         ("register", {"alias": "latest"}, "MLflow keeps this alias"),
