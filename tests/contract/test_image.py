@@ -1,5 +1,7 @@
-"""The image's file: two targets, locked requirements, no root, and nothing in it that a step doesn't need."""
+"""The images' files: locked requirements, no root, and nothing in them that a step, or the server, doesn't need."""
 
+import configparser
+import json
 import re
 import subprocess
 import sys
@@ -8,11 +10,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LINES = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text()).splitlines()
-INSTRUCTIONS = [tuple(line.split(maxsplit=1)) for line in LINES if line and not line.startswith("#")]
+FILES = ("Dockerfile", "mlflow/Dockerfile")
+
+
+def lines(file: str) -> list[str]:
+    return re.sub(r"\\\n\s*", "", (ROOT / file).read_text()).splitlines()
+
+
+def instructions(file: str) -> list[tuple[str, ...]]:
+    return [tuple(line.split(maxsplit=1)) for line in lines(file) if line and not line.startswith("#")]
+
+
+INSTRUCTIONS = instructions("Dockerfile")
+SERVER = instructions("mlflow/Dockerfile")
 TARGETS = ("cpu", "gpu")
 
 targets = pytest.mark.parametrize("target", TARGETS)
+files = pytest.mark.parametrize("file", FILES)
 
 
 def stages() -> dict[str, tuple[str, list[tuple[str, str]]]]:
@@ -37,15 +51,14 @@ def pins(name: str) -> set[str]:
     return set(re.findall(r"^[\w.-]+", (ROOT / "requirements" / name).read_text(), re.MULTILINE))
 
 
-def copied_from_the_context() -> set[str]:
-    copies = [rest.split()[:-1] for instruction, rest in INSTRUCTIONS if instruction == "COPY"]
+def copied_from_the_context(file: str = "Dockerfile") -> set[str]:
+    copies = [rest.split()[:-1] for instruction, rest in instructions(file) if instruction == "COPY"]
     return {source for sources in copies if not sources[0].startswith("--from") for source in sources}
 
 
-def test_lint_finds_nothing() -> None:
-    lint = subprocess.run(
-        [Path(sys.prefix) / "bin/hadolint", ROOT / "Dockerfile"], capture_output=True, text=True, check=False
-    )
+@files
+def test_lint_finds_nothing(file: str) -> None:
+    lint = subprocess.run([Path(sys.prefix) / "bin/hadolint", ROOT / file], capture_output=True, text=True, check=False)
     assert (lint.returncode, lint.stdout) == (0, "")
 
 
@@ -61,7 +74,14 @@ def test_every_stage_stands_on_the_pinned_base_or_on_a_stage_before_it() -> None
 
 
 def test_no_address_is_written_down() -> None:
-    assert "://" not in "\n".join(LINES)
+    assert "://" not in "\n".join(lines("Dockerfile"))
+    addresses = re.findall(r"\S*://[^\s')]*", "\n".join(lines("mlflow/Dockerfile")))
+    # Of its own container, of a bucket's usual name, and a database that the environment names.
+    assert addresses == [
+        "MLFLOW_ARTIFACTS_DESTINATION=s3://mlflow/artifacts",
+        "MLFLOW_BACKEND_STORE_URI=postgresql+psycopg2:///mlflow",
+        "urlopen('http://127.0.0.1:5000/health",
+    ]
 
 
 @targets
@@ -137,14 +157,15 @@ def test_imports_are_tried_at_the_build(target: str) -> None:
     assert "&& braintumor --help" in trial
 
 
-def test_the_build_sees_nothing_but_what_it_copies() -> None:
-    first, *allowed = [
-        line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")
-    ]
+@pytest.mark.parametrize(
+    ("file", "ignored"), [("Dockerfile", ".dockerignore"), ("mlflow/Dockerfile", "mlflow/Dockerfile.dockerignore")]
+)
+def test_the_build_sees_nothing_but_what_it_copies(file: str, ignored: str) -> None:
+    first, *allowed = [line for line in (ROOT / ignored).read_text().splitlines() if line and not line.startswith("#")]
     assert first == "*"
-    assert {line[1:] for line in allowed if line.startswith("!")} == copied_from_the_context()
+    assert {line[1:] for line in allowed if line.startswith("!")} == copied_from_the_context(file)
     assert [line for line in allowed if not line.startswith("!")] == ["**/__pycache__"]
-    for source in copied_from_the_context():
+    for source in copied_from_the_context(file):
         assert (ROOT / source).exists(), source
 
 
@@ -159,3 +180,81 @@ def test_what_the_image_installs_is_what_the_wheel_holds() -> None:
 
 def test_the_check_of_the_image_is_a_script_that_bash_reads() -> None:
     assert subprocess.run(["bash", "-n", ROOT / "tests/image/check"], check=False).returncode == 0
+
+
+def server_stage(name: str) -> list[tuple[str, ...]]:
+    starts = [index for index, (instruction, *_) in enumerate(SERVER) if instruction == "FROM"]
+    stages = [SERVER[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+    (found,) = [stage for stage in stages if stage[0][1] == f"${{BASE}} AS {name}"]
+    return found
+
+
+def test_the_server_stands_on_the_base_of_the_steps_and_ships_no_installer() -> None:
+    assert SERVER[0] == INSTRUCTIONS[0]
+    shipped = server_stage("server")
+    runs = [rest for instruction, rest in shipped if instruction == "RUN"]
+    assert not any(re.search(r"\b(pip|apt-get|venv|curl|wget)\b (?!\*)", run) for run in runs)
+    assert "rm -rf /usr/local/bin/pip*" in runs[0]
+    assert ("USER", "10001:10001") in shipped
+
+
+def test_all_that_the_server_installs_is_locked_by_hash_and_the_build_backend_goes_again() -> None:
+    installs = [rest for instruction, rest in SERVER if instruction == "RUN" and "pip install" in rest]
+    assert ["--require-hashes -r server.txt" in one for one in installs] == [True, False]
+    assert "--no-index --no-deps --no-build-isolation" in installs[1]
+    removed = set(installs[1].split("uninstall --yes ")[1].split(" &&")[0].split())
+    assert "hatchling" in removed < pins("server.txt")
+    assert {"mlflow", "psycopg2-binary", "boto3", "flask-wtf"} <= pins("server.txt") - removed
+    # What serves models, and would be a gigabyte, is not for the server.
+    assert not pins("server.txt") & {"tensorflow", "keras", "kfp", "dvc"}
+
+
+def test_the_server_has_the_mlflow_of_the_pipeline() -> None:
+    def version(name: str) -> str:
+        (found,) = re.findall(r"^mlflow==(\S+)", (ROOT / "requirements" / name).read_text(), re.MULTILINE)
+        return str(found)
+
+    assert version("server.txt") == version("run.txt")
+
+
+def test_the_server_starts_with_the_plugin_and_not_without_its_secrets() -> None:
+    (command,) = [json.loads(rest) for instruction, rest in server_stage("server") if instruction == "CMD"]
+    end = command.index("--")
+    assert command[0] == "with-secrets"
+    assert command[1:end] == [
+        "PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_FLASK_SERVER_SECRET_KEY",
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY", "MLFLOW_AUTH_ADMIN_PASSWORD?",
+    ]  # fmt: skip
+    assert command[end + 1 : end + 5] == ["mlflow", "server", "--app-name", "braintumor-auth"]
+    plugins = re.search(r"^\[project.entry-points.\"mlflow.app\"\]\n(.*)$", (ROOT / "pyproject.toml").read_text(), re.M)
+    assert plugins
+    assert plugins[1] == 'braintumor-auth = "braintumor.registry.rights:create_app"'
+    trial = [rest for instruction, rest in server_stage("server") if instruction == "RUN"][-1]
+    for name in ("boto3", "braintumor.registry.rights", "mlflow.server.auth", "psycopg2"):
+        assert name in trial
+    assert any(instruction == "HEALTHCHECK" for instruction, _ in SERVER)
+
+
+def test_nobody_has_rights_on_the_server_by_default_and_no_password_stands_in_its_settings() -> None:
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "mlflow/accounts.ini")
+    assert dict(settings["mlflow"]) == {
+        "default_permission": "NO_PERMISSIONS",
+        "database_uri": "postgresql+psycopg2:///accounts",
+        "admin_username": "admin",
+        "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
+    }
+
+
+@pytest.mark.parametrize("name", ["with-secrets", "backup", "restore"])
+def test_the_scripts_of_the_server_can_be_started_and_read_by_their_shell(name: str) -> None:
+    script = ROOT / "mlflow" / name
+    assert script.stat().st_mode & 0o555 == 0o555
+    shell = script.read_text().splitlines()[0].removeprefix("#!")
+    assert shell in ("/bin/sh", "/bin/bash")
+    assert subprocess.run([shell, "-n", script], check=False).returncode == 0
+
+
+def test_there_is_no_python_beside_the_server() -> None:
+    # With an __init__.py the folder would be imported in place of MLflow.
+    assert not list((ROOT / "mlflow").rglob("*.py"))

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ TOOLS = Path(sys.prefix) / "security" / "bin"
 NAMESPACES = {"local": "kubeflow", "production": "braintumor"}
 RELEASES = sorted({major_minor(version) for version in all_versions()}, key=Version)[-3:]
 CLUSTER_WIDE = {"Namespace", "PriorityClass"}
+REGISTRY = "mlflow"
 
 overlays = pytest.mark.parametrize("overlay", NAMESPACES)
 
@@ -42,9 +44,13 @@ def rendered(overlay: str) -> str:
     return done.stdout
 
 
+@cache
+def parsed(overlay: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(rendered(overlay)))
+
+
 def objects(overlay: str, kind: str | None = None) -> list[dict[str, Any]]:
-    found = list(yaml.safe_load_all(rendered(overlay)))
-    return [one for one in found if kind in (None, one["kind"])]
+    return deepcopy([one for one in parsed(overlay) if kind in (None, one["kind"])])
 
 
 def the(overlay: str, kind: str) -> dict[str, Any]:
@@ -52,7 +58,7 @@ def the(overlay: str, kind: str) -> dict[str, Any]:
     return found
 
 
-@overlays
+@pytest.mark.parametrize("overlay", [*NAMESPACES, REGISTRY])
 @pytest.mark.parametrize("release", RELEASES)
 def test_every_object_is_valid_in_the_last_three_releases(overlay: str, release: str) -> None:
     assert len(objects(overlay)) > 5
@@ -68,9 +74,11 @@ def test_a_misspelt_field_would_be_found() -> None:
 
 
 def test_security_lint_finds_nothing_but_the_job_that_was_broken_for_it(tmp_path: Path) -> None:
-    for overlay in NAMESPACES:
+    for overlay in (*NAMESPACES, REGISTRY):
         (tmp_path / f"{overlay}.yaml").write_text(rendered(overlay))
     shutil.copy(ROOT / "Dockerfile", tmp_path)
+    (tmp_path / "server").mkdir()
+    shutil.copy(ROOT / "mlflow/Dockerfile", tmp_path / "server")
     broken = the("production", "Job")
     broken["metadata"]["name"] = "broken"
     broken["spec"]["template"]["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
@@ -195,3 +203,186 @@ def test_training_evicts_nobody(overlay: str) -> None:
     priority = the(overlay, "PriorityClass")
     assert (priority["metadata"]["name"], priority["preemptionPolicy"]) == ("braintumor-training", "Never")
     assert not priority["globalDefault"]
+
+
+def registry(kind: str) -> dict[str, dict[str, Any]]:
+    """The objects of the registry of one kind, by their names."""
+    return {one["metadata"]["name"]: one for one in objects(REGISTRY, kind)}
+
+
+def pods() -> dict[str, dict[str, Any]]:
+    """The pods of the registry, as their template gives them, by the name of what makes them."""
+    jobs = {name: one["spec"]["jobTemplate"]["spec"] for name, one in registry("CronJob").items()}
+    servers = {name: one["spec"] for kind in ("Deployment", "StatefulSet") for name, one in registry(kind).items()}
+    return {name: spec["template"] for name, spec in (jobs | servers).items()}
+
+
+def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+
+
+def secrets_of(pod: dict[str, Any]) -> dict[str, set[str] | None]:
+    """The Secrets that are mounted at /run/secrets, and which of their keys: None for all."""
+    (volume,) = [one for one in pod["spec"]["volumes"] if one["name"] == "secrets"]
+    sources = [one["secret"] for one in volume["projected"]["sources"]] if "projected" in volume else [volume["secret"]]
+    return {
+        one.get("name") or one["secretName"]: {item["key"] for item in one["items"]} if "items" in one else None
+        for one in sources
+    }
+
+
+PODS = ["mlflow", "mlflow-backup", "mlflow-gc", "mlflow-restore", "mlflow-upgrade", "postgres", "promoter"]
+every_pod = pytest.mark.parametrize("name", PODS)
+
+
+def test_every_pod_of_the_registry_is_looked_at() -> None:
+    assert sorted(pods()) == PODS
+
+
+@every_pod
+def test_a_pod_of_the_registry_has_no_more_rights_than_it_needs(name: str) -> None:
+    spec = pods()[name]["spec"]
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["serviceAccountName"] == "mlflow"
+    context = spec["securityContext"]
+    assert (context["runAsNonRoot"], context["runAsUser"], context["runAsGroup"]) == (True, 10001, 10001)
+    assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in containers(pods()[name]):
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}
+        }  # fmt: skip
+        assert set(container["resources"]["limits"]) == set(container["resources"]["requests"]) == {"cpu", "memory"}
+        assert ":" in container["image"]
+    for volume in spec["volumes"]:
+        assert not {"hostPath", "nfs"} & set(volume)
+        assert "emptyDir" not in volume or "sizeLimit" in volume["emptyDir"]
+
+
+@every_pod
+def test_secrets_are_files_that_a_person_has_made_and_whoever_names_one_finds_it(name: str) -> None:
+    assert objects(REGISTRY, "Secret") == []
+    comment = " ".join((ROOT / "k8s/mlflow/kustomization.yaml").read_text().split())
+    comment += " ".join((ROOT / "k8s/mlflow/upkeep.yaml").read_text().split())
+    pod = pods()[name]
+    for secret, keys in secrets_of(pod).items():
+        assert secret in comment
+        assert all(key in comment for key in keys or ())
+    for container in containers(pod):
+        for variable in container.get("env", []):
+            assert "secretKeyRef" not in variable.get("valueFrom", {})
+        assert all("secretRef" not in source for source in container.get("envFrom", []))
+        command = container.get("command", [])
+        for needed in command[1 : command.index("--")] if "--" in command else ():
+            assert needed.removesuffix("?") in comment
+    if name in ("postgres", "mlflow-backup", "mlflow-restore", "mlflow-upgrade"):
+        assert "mlflow-server" not in secrets_of(pod)
+    if name != "postgres":
+        assert "mlflow-postgres" not in secrets_of(pod)
+
+
+def test_hosts_and_origin_of_the_server_are_those_by_which_it_is_called() -> None:
+    (addresses,) = [one["data"] for name, one in registry("ConfigMap").items() if name.startswith("mlflow-addresses")]
+    hosts = set(addresses["MLFLOW_SERVER_ALLOWED_HOSTS"].split(","))
+    ingress = registry("Ingress")["mlflow"]["spec"]
+    (host,) = {rule["host"] for rule in ingress["rules"]}
+    assert ingress["tls"] == [{"hosts": [host], "secretName": "mlflow-tls"}]
+    # A browser names its origin, and without it each of its POSTs is refused.
+    assert addresses["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"] == f"https://{host}"
+    called = {the(overlay, "ConfigMap")["data"]["MLFLOW_TRACKING_URI"] for overlay in NAMESPACES}
+    called |= {
+        variable["value"]
+        for pod in pods().values()
+        for container in containers(pod)
+        for variable in container.get("env", [])
+        if variable["name"] == "MLFLOW_TRACKING_URI"
+    }
+    assert hosts == {host} | {address.removeprefix("http://") for address in called}
+    assert not any("*" in one for one in hosts)
+    assert not {"PGPASSWORD", "AWS_SECRET_ACCESS_KEY"} & set(addresses)
+
+
+def test_the_registry_runs_the_scripts_that_were_tried() -> None:
+    (scripts,) = [one["data"] for name, one in registry("ConfigMap").items() if name.startswith("mlflow-scripts")]
+    assert scripts == {name: (ROOT / "mlflow" / name).read_text() for name in ("with-secrets", "backup", "restore")}
+    (databases,) = [one["data"] for name, one in registry("ConfigMap").items() if name.startswith("mlflow-databases")]
+    assert databases == {"databases.sql": (ROOT / "mlflow/databases.sql").read_text()}
+
+
+def test_backups_are_made_by_the_programs_of_the_server_they_are_of() -> None:
+    images = {container["image"] for pod in pods().values() for container in containers(pod)}
+    (postgres,) = [image for image in images if image.startswith("postgres:")]
+    assert f"/{postgres.partition(':')[2].partition('-')[0]}/" in next(
+        variable["value"] for variable in containers(pods()["postgres"])[0]["env"] if variable["name"] == "PGDATA"
+    )
+    assert {image.partition(":")[0] for image in images} == {"postgres", "braintumor", "braintumor-mlflow"}
+
+
+def test_one_node_may_go_and_never_do_two_releases_share_a_database() -> None:
+    server, promoter = registry("Deployment")["mlflow"]["spec"], registry("Deployment")["promoter"]["spec"]
+    budget = registry("PodDisruptionBudget")["mlflow"]["spec"]
+    assert budget["minAvailable"] < server["replicas"]
+    assert budget["selector"] == server["selector"]
+    assert server["strategy"] == promoter["strategy"] == {"type": "Recreate"}
+    assert promoter["replicas"] == registry("StatefulSet")["postgres"]["spec"]["replicas"] == 1
+    assert registry("StatefulSet")["postgres"]["spec"]["persistentVolumeClaimRetentionPolicy"] == {
+        "whenDeleted": "Retain", "whenScaled": "Retain"
+    }  # fmt: skip
+
+
+def test_the_backup_runs_by_itself_and_nothing_else_that_touches_the_databases_does() -> None:
+    suspended = {name: one["spec"].get("suspend", False) for name, one in registry("CronJob").items()}
+    assert suspended == {"mlflow-backup": False, "mlflow-gc": True, "mlflow-restore": True, "mlflow-upgrade": True}
+    first, *others = containers(pods()["mlflow-upgrade"])
+    assert first["command"][-1] == "/scripts/backup"
+    assert [step["command"][step["command"].index("--") + 1] for step in others] == ["mlflow", "python3"]
+
+
+def test_who_talks_to_whom_in_the_registry_is_named_on_both_sides() -> None:
+    policies = {name: one["spec"] for name, one in registry("NetworkPolicy").items()}
+    assert policies["deny-all"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+
+    def names(selector: dict[str, Any]) -> set[str]:
+        given = selector.get("matchLabels", {}).get("app.kubernetes.io/name")
+        expressions = [one for one in selector.get("matchExpressions", []) if one["key"] == "app.kubernetes.io/name"]
+        return {given} - {None} | {value for one in expressions for value in one["values"]}
+
+    entering: set[tuple[str, str, int]] = set()
+    leaving: set[tuple[str, str, int]] = set()
+    outside, namespaces = set(), set()
+    for policy in policies.values():
+        for direction, peers, flows in (("ingress", "from", entering), ("egress", "to", leaving)):
+            for rule in policy.get(direction, []):
+                ports = {port["port"] for port in rule["ports"]}
+                for peer in rule[peers]:
+                    namespace = peer.get("namespaceSelector", {})
+                    if "ipBlock" in peer:
+                        assert "169.254.169.254/32" in peer["ipBlock"]["except"]
+                        outside |= {(one, port) for one in names(policy["podSelector"]) for port in ports}
+                    elif namespace:
+                        namespaces |= {
+                            value for one in namespace.get("matchExpressions", []) for value in one["values"]
+                        }
+                    else:
+                        both = (names(policy["podSelector"]), names(peer["podSelector"]))
+                        callers, called = both if direction == "egress" else both[::-1]
+                        flows |= {(caller, one, port) for caller in callers for one in called for port in ports}
+    assert entering == leaving
+    database = {"mlflow", "mlflow-backup", "mlflow-gc", "mlflow-restore", "mlflow-upgrade"}
+    assert entering == {(name, "postgres", 5432) for name in database} | {
+        ("promoter", "mlflow", 5000), ("mlflow-gc", "mlflow", 5000), ("mlflow", "promoter", 8080)
+    }  # fmt: skip
+    assert outside == {("mlflow", 443), ("promoter", 443)}
+    assert namespaces == {*NAMESPACES.values(), "ingress-nginx"}
+    # Who may reach the database is who has its password.
+    assert database == {name for name in pods() if "mlflow-database" in secrets_of(pods()[name])} - {"postgres"}
+    for name, pod in pods().items():
+        assert pod["metadata"]["labels"]["app.kubernetes.io/name"] == name
+
+
+def test_everything_of_the_registry_is_in_a_namespace_that_admits_restricted_pods_alone() -> None:
+    for one in objects(REGISTRY):
+        assert one["metadata"].get("namespace") == (None if one["kind"] == "Namespace" else "mlflow")
+        assert one["metadata"]["labels"]["app.kubernetes.io/part-of"] == "braintumor-registry"
+    labels = registry("Namespace")["mlflow"]["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert objects(REGISTRY, "Role") == objects(REGISTRY, "ClusterRole") == []
