@@ -119,7 +119,7 @@ def _patients(metrics: Mapping[str, Any], _: Mapping[str, Any]) -> Iterator[Doub
     if "patients unknown" in metrics["claim"]:
         yield Doubt(
             "Patients unknown.",
-            "Slices of one patient may stand in training and test; where they do, every figure here is too high.",
+            "Every figure here is too high if slices of one patient stand in training and test.",
             "leakage",
         )
 

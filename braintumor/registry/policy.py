@@ -153,9 +153,28 @@ def _comparison_problem(facts: Mapping[str, Any], verdict: str | None, champion_
     if (verdict == NO_CHAMPION) != (champion_version is None) or verdict not in VERDICTS:
         return f"the comparison's verdict {verdict!r} is unknown, or contradicts its champion {compared_with!r}"
     told = _text(facts.get("reason")) or "no reason is given"
-    if verdict in (BETTER, NO_DIFFERENCE, NO_CHAMPION) or (verdict == NOT_COMPARABLE and told == SAME_MODEL):
+    if verdict == NO_CHAMPION or (verdict == NOT_COMPARABLE and told == SAME_MODEL):
         return None
+    if verdict in (BETTER, NO_DIFFERENCE):
+        return _contradiction(facts, verdict)
     return f"{verdict} {'than' if verdict == WORSE else 'with'} the champion: {told}"
+
+
+def _contradiction(facts: Mapping[str, Any], verdict: str) -> str | None:
+    """What of its own figures speaks against the comparison's verdict; None if nothing does."""
+    figures = facts.get("figures")
+    accuracy = figures.get("accuracy") if isinstance(figures, Mapping) else None
+    interval = accuracy.get("interval") if isinstance(accuracy, Mapping) else None
+    if not (isinstance(interval, list | tuple) and len(interval) == 2 and all(map(_is_difference, interval))):
+        return f"the comparison says {verdict!r} without the interval of the accuracies' difference"
+    # 'no difference found' may have any interval: the sign test has a say, too.
+    if verdict == BETTER and interval[0] <= 0:
+        return f"the comparison says {verdict!r}, and its interval begins at {interval[0]:+.4f}"
+    return None
+
+
+def _is_difference(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1 <= value <= 1
 
 
 def is_share(value: object) -> bool:

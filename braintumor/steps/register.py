@@ -75,6 +75,7 @@ def register(
     """
     evidence = _check_evidence(model, splits, evaluation, decision, context, params)
     uses = earlier_decisions(evidence.metrics["test_md5"], evidence.metrics["model_digest"])
+    _refuse_untellable_evidence(evidence, uses, evaluation / artifacts.EVIDENCE)
     run_id = tracking.publish(params, model, evaluation, decision, validation)
     name, alias = params.registration.model_name, params.registration.alias
     facts = _facts_of_the_card(evidence, run_id, uses)
@@ -101,6 +102,17 @@ def register(
     with replacing_directory(output) as folder:
         write_json(folder / artifacts.REGISTRATION, asdict(registration))
     return registration
+
+
+def _refuse_untellable_evidence(found: _Evidence, uses: int, path: Path) -> None:
+    """A card can be made of it; what nothing recomputes (robustness, mistakes, comparison) may have any form."""
+    facts = CardFacts(found.metrics, found.evidence, found.decision.as_json(), found.training, uses)
+    try:
+        write_card(facts, "")
+        version_tags(facts)
+        make_card_json(facts, "")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise _stale(path, f"a section is not as it was written ({type(error).__name__}: {error})", EVALUATE) from error
 
 
 def _facts_of_the_card(found: _Evidence, run_id: str, uses: int) -> CardFacts:

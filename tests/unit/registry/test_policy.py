@@ -296,6 +296,9 @@ UNPROVEN: dict[str, Any] = {
     "with nobody": no_champion(),
     "not finite": compared("better", figures={"accuracy": {"interval": [math.nan, 0.03]}}),
     "contradictory": compared("no champion"),
+    "better without figures": compared("better", figures={}),
+    "equal without figures": compared("no difference found", figures={"accuracy": {"interval": [0.1]}}),
+    "better against its figures": compared("better", figures={"accuracy": {"interval": [-0.4, -0.2]}}),
 }
 
 

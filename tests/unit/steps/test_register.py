@@ -315,6 +315,17 @@ def test_evidence_forged_with_its_digest_is_refused(
     refused(folders, params, told)
 
 
+@pytest.mark.parametrize("section", [{"robustness": {}}, {"mistakes": {}}, {"slices": [{}]}])
+def test_evidence_of_which_no_card_can_be_made_is_refused(
+    section: dict[str, Any], store: Path, make_folders: MakeFolders, params: Params
+) -> None:
+    folders = make_folders()
+    content = json.loads((folders.evaluation / artifacts.EVIDENCE).read_text()) | section
+    forge(folders, artifacts.EVIDENCE, json.dumps(content))
+    run_gate(folders, params)
+    refused(folders, params, "a section is not as it was written")
+
+
 def test_floors_that_are_told_lower_are_refused(store: Path, make_folders: MakeFolders, params: Params) -> None:
     folders = make_folders()
     rows = pd.read_csv(folders.evaluation / artifacts.PREDICTIONS)
