@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help demo data ui test lint security image image-check lock pretrain-sample sample bench-copies bench-ablation \
+.PHONY: help demo data ui test lint security image image-server image-check lock pretrain-sample sample bench-copies bench-ablation \
         bench-ood bench-explanations bench-evaluation bench-materialise clean
 
 help:  ## list the targets
@@ -46,8 +46,15 @@ TARGET ?= cpu
 TAG ?= $(shell git describe --always --dirty --abbrev=12 --exclude='*')
 BUILD ?= $(shell docker info >/dev/null 2>&1 && echo docker || echo buildah)
 image:  ## build the image braintumor:TAG by docker, or else buildah; TARGET=gpu: with CUDA
-	@command -v $(BUILD) >/dev/null || { echo "Error: neither docker nor buildah can build here; install one of them"; exit 1; }
-	$(BUILD) build --target $(TARGET) --build-arg GIT_COMMIT="$$(git describe --always --dirty --abbrev=40 --exclude='*')" --tag braintumor:$(TAG) $(BUILD_OPTIONS) .
+	@$(can_build)
+	$(build) --target $(TARGET) --tag braintumor:$(TAG) $(BUILD_OPTIONS) .
+
+image-server:  ## build the image braintumor-mlflow:TAG of the registry's server, in the same way
+	@$(can_build)
+	$(build) --file mlflow/Dockerfile --tag braintumor-mlflow:$(TAG) $(BUILD_OPTIONS) .
+
+can_build = command -v $(BUILD) >/dev/null || { echo "Error: neither docker nor buildah can build here; install one of them"; exit 1; }
+build = $(BUILD) build --build-arg GIT_COMMIT="$$(git describe --always --dirty --abbrev=40 --exclude='*')"
 
 image-check: data  ## build the image of TARGET on a base that debootstrap makes, and run steps in it; as root, minutes
 	nice tests/image/check $(TARGET)

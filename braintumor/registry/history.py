@@ -7,7 +7,7 @@ from dataclasses import asdict
 from braintumor.errors import UserError
 from braintumor.registry import ledger
 from braintumor.registry.ledger import LedgerBroken, Recorded, Verification
-from braintumor.registry.server import connected, holds_nothing_yet
+from braintumor.registry.server import connected, holds_nothing_yet, shown_address
 
 DELIVERED = "delivered"
 
@@ -55,16 +55,17 @@ def as_json(entries: Sequence[Recorded], model_name: str) -> str:
     return json.dumps({"model_name": model_name, "entries": rows}, indent=2, sort_keys=True)
 
 
-def show_history(entries: Sequence[Recorded]) -> None:
+def show_history(entries: Sequence[Recorded], model_name: str) -> None:
     """Print the entries as a table, the newest last."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
     if not entries:
-        console.print("No promotions yet.")
+        # Perhaps it is not the model, or not the server, that was meant.
+        print(f"No promotions of {model_name} at {shown_address()} yet.")
         return
+    console = Console(highlight=False)
     table = Table("Entry", "Time (UTC)", "What happened", "By", "Why", "Deployment", box=None, padding=(0, 2, 0, 0))
     for one in entries:
         entry = one.entry

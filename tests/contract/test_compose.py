@@ -1,6 +1,7 @@
 """The registry on one machine: as confined as in Kubernetes, and no secret but in a file."""
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,43 @@ def test_the_example_answers_everything_that_must_be_said_and_holds_no_secret() 
     assert not set(EXAMPLE) & set(COMPOSE["secrets"])
     # What is named without a default is demanded where it is named first.
     assert {name for name in used if f"${{{name}}}" in TEXT} <= demanded
+
+
+def test_there_is_memory_for_what_a_restore_lays_out_and_both_can_be_raised() -> None:
+    backup = SERVICES["backup"]
+    (space,) = re.findall(r"^/tmp:size=\$\{RESTORE_SPACE:-(\d+)g\}", "".join(backup["tmpfs"]))
+    (memory,) = re.findall(r"^\$\{RESTORE_MEMORY:-(\d+)g\}$", backup["mem_limit"])
+    assert int(memory) > int(space)
+    document = (FOLDER.parent / "docs/operating.md").read_text()
+    for name, default in (("RESTORE_SPACE", space), ("RESTORE_MEMORY", memory)):
+        assert EXAMPLE[name] == f"{default}g"
+        assert f"`{name}`" in document
+
+
+def test_a_restore_that_does_not_fit_says_so_and_changes_nothing(tmp_path: Path) -> None:
+    programs, backup = tmp_path / "bin", tmp_path / "backups/2026-01-31T01-17-00Z"
+    programs.mkdir()
+    backup.mkdir(parents=True)
+    for name in ("mlflow", "accounts"):
+        (backup / f"{name}.dump").write_text(name)
+    sums = subprocess.run(["sha256sum", "mlflow.dump", "accounts.dump"], cwd=backup, capture_output=True, check=True)
+    (backup / "SHA256SUMS").write_bytes(sums.stdout)
+    # The second database is the one for which no room is left.
+    (programs / "pg_restore").write_text(
+        '#!/bin/bash\nfor last; do :; done\ncase $last in *accounts*) echo "SELECT 1" >/dev/full;; esac\n'
+    )
+    (programs / "psql").write_text('#!/bin/bash\necho "$@" >>"$CALLS"\necho 0\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    calls = tmp_path / "calls"
+    done = subprocess.run(
+        [FOLDER / "restore", "--replace", "latest"],
+        env={"PATH": f"{programs}:/usr/bin:/bin", "BACKUPS": str(backup.parent), "CALLS": str(calls)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "accounts can't be laid out" in done.stderr
+    assert "--single-transaction" not in calls.read_text()
 
 
 def test_hosts_and_origin_are_those_of_the_example() -> None:

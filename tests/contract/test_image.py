@@ -182,6 +182,24 @@ def test_the_check_of_the_image_is_a_script_that_bash_reads() -> None:
     assert subprocess.run(["bash", "-n", ROOT / "tests/image/check"], check=False).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("image", ["--target cpu", "--tag braintumor:some"]),
+        ("image-server", ["--file mlflow/Dockerfile", "--tag braintumor-mlflow:some"]),
+    ],
+)
+def test_make_builds_each_image_with_a_commit_that_says_what_is_not_committed(target: str, expected: list[str]) -> None:
+    told = subprocess.run(
+        ["make", "--dry-run", "--silent", target, "TAG=some", "BUILD=docker", "TARGET=cpu"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    build = told.stdout.splitlines()[-1]
+    assert build.startswith('docker build --build-arg GIT_COMMIT="$(git describe --always --dirty --abbrev=40 ')
+    for option in expected:
+        assert option in build
+
+
 def server_stage(name: str) -> list[tuple[str, ...]]:
     starts = [index for index, (instruction, *_) in enumerate(SERVER) if instruction == "FROM"]
     stages = [SERVER[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
@@ -243,6 +261,7 @@ def test_nobody_has_rights_on_the_server_by_default_and_no_password_stands_in_it
         "database_uri": "postgresql+psycopg2:///accounts",
         "admin_username": "admin",
         "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
+        "auth_cache_ttl_seconds": "60",
     }
 
 

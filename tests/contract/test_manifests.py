@@ -262,7 +262,6 @@ def test_a_pod_of_the_registry_has_no_more_rights_than_it_needs(name: str) -> No
 def test_secrets_are_files_that_a_person_has_made_and_whoever_names_one_finds_it(name: str) -> None:
     assert objects(REGISTRY, "Secret") == []
     comment = " ".join((ROOT / "k8s/mlflow/kustomization.yaml").read_text().split())
-    comment += " ".join((ROOT / "k8s/mlflow/upkeep.yaml").read_text().split())
     pod = pods()[name]
     for secret, keys in secrets_of(pod).items():
         assert secret in comment
@@ -278,6 +277,65 @@ def test_secrets_are_files_that_a_person_has_made_and_whoever_names_one_finds_it
         assert "mlflow-server" not in secrets_of(pod)
     if name != "postgres":
         assert "mlflow-postgres" not in secrets_of(pod)
+
+
+def test_the_documented_commands_make_every_secret_that_something_mounts_with_all_its_keys() -> None:
+    document = (ROOT / "docs/operating.md").read_text().replace("\\\n", " ")
+    made = {
+        name: rest.split("#")[0].split() for name, rest in re.findall(r"^ +make_secret ([\w-]+) (.*)$", document, re.M)
+    }
+    keys = {name: {file.partition("=")[0] for file in files} for name, files in made.items()}
+    written = {
+        name for line in re.findall(r"^ +(?:for name in .*|\w+ .*>\w+.*)$", document, re.M) for name in line.split()
+    }
+    assert {file.rpartition("=")[2] for files in made.values() for file in files} <= {
+        name.lstrip(">").rstrip(";") for name in written
+    }
+    (of_the_image,) = re.findall(r"^CMD (\[.*?\])$", (ROOT / "mlflow/Dockerfile").read_text(), re.M | re.S)
+    mounted: set[str] = set()
+    for pod in pods().values():
+        secrets = secrets_of(pod)
+        mounted |= set(secrets)
+        assert all(wanted <= keys[secret] for secret, wanted in secrets.items() if wanted)
+        there = {key for secret, wanted in secrets.items() for key in wanted or keys[secret]}
+        for container in containers(pod):
+            command = container.get("command") or json.loads(of_the_image.replace("\\\n", ""))
+            if container["image"].startswith("postgres:") and "command" not in container:
+                command = []
+            named = command[1 : command.index("--")] if "--" in command else []
+            assert {one.removesuffix("?") for one in named} <= there
+    assert mounted == set(made)
+    comment = (ROOT / "k8s/mlflow/kustomization.yaml").read_text()
+    for certificate in registry("Ingress")["mlflow"]["spec"]["tls"]:
+        assert f" {certificate['secretName']} " in comment
+        assert f"create secret tls {certificate['secretName']} " in document
+
+
+def test_documented_commands_wait_for_the_pods_that_they_stop_and_clean_up_as_the_cluster_does() -> None:
+    lines = (ROOT / "docs/operating.md").read_text().replace("\\\n", " ").splitlines()
+    stops = [index for index, line in enumerate(lines) if line.strip().endswith("--replicas 0")]
+    assert len(stops) == 2
+    for index in stops:
+        (named,) = re.findall(
+            r"wait --for=delete pod --selector 'app.kubernetes.io/name in \((.*)\)'", lines[index + 1]
+        )
+        assert named.split(", ") == re.findall(r"scale deployment (.*) --replicas", lines[index])[0].split()
+    (gc,) = [" ".join(line.split()) for line in lines if " mlflow gc --" in line]
+    (job,) = containers(pods()["mlflow-gc"])
+    assert gc.endswith(f" mlflow with-secrets PGPASSWORD -- {' '.join(job['args'])}")
+    for variable in job["env"]:
+        assert f" -e {variable['name']}={variable['value']} " in gc
+
+
+def test_a_restore_has_a_disk_of_its_own_that_can_be_full_before_anything_is_changed() -> None:
+    (scratch,) = [one for one in pods()["mlflow-restore"]["spec"]["volumes"] if one["name"] == "tmp"]
+    assert "ephemeral" in scratch
+
+
+def test_the_database_is_asked_by_name_since_its_user_has_none_in_the_image() -> None:
+    (container,) = containers(pods()["postgres"])
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert "--username=postgres" in container[probe]["exec"]["command"]
 
 
 def test_hosts_and_origin_of_the_server_are_those_by_which_it_is_called() -> None:

@@ -42,16 +42,26 @@ def test_before_anything_there_is_no_history_and_none_is_made(
 ) -> None:
     assert history(NAME) == []
     assert verify_history(NAME).n == 0
-    show_history([])
-    assert capsys.readouterr().out == "No promotions yet.\n"
+    show_history([], NAME)
+    assert capsys.readouterr().out == f"No promotions of {NAME} at sqlite:///{no_store} yet.\n"
+    with pytest.raises(UserError, match="none of the 0 entries"):
+        find_hash([], "0" * 64)
     assert not no_store.exists()
+
+
+def test_an_empty_ledger_names_its_server_without_the_password(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ana:hidden@mlflow.example.org")
+    show_history([], NAME)
+    assert capsys.readouterr().out == f"No promotions of {NAME} at https://mlflow.example.org yet.\n"
 
 
 def test_the_table_has_a_row_an_entry_with_texts_as_they_are(
     entries: list[Recorded], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    show_history(history(NAME))
+    show_history(history(NAME), NAME)
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split("  ")[0] == "Entry"
     assert [re.split(r"\s{2,}", row.strip()) for row in rows] == [
