@@ -15,7 +15,10 @@ import pytest
 from registry_stack import Stack, registry_stack
 from small_project import make_dataset, write_params
 
+from braintumor.params import Profile
 from braintumor.registry.server import connected
+from braintumor.steps.gate import gate
+from braintumor.steps.register import Registration, register
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -119,6 +122,19 @@ def add_tag(page: "Page", name: str, value: str) -> None:
     page.get_by_role("cell", name=name).wait_for()
 
 
+def keep_picture(page: "Page", name: str) -> None:
+    """For a person to look at: a PNG in the folder that BRAINTUMOR_TEST_PICTURES names, if it names one."""
+    if folder := os.environ.get("BRAINTUMOR_TEST_PICTURES"):
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def register_folders(folders: Any, params: Profile) -> Registration:
+    return register(
+        folders.model, folders.splits, folders.evaluation, folders.decision, folders.context, folders.validation,
+        folders.registration, params,
+    )  # fmt: skip
+
+
 def champion(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in stack.environment_of("reader").items():
         monkeypatch.setenv(name, value)
@@ -132,10 +148,16 @@ def test_a_reviewer_promotes_in_the_browser_what_dvc_repro_registered(
     stack = project.stack
     page = log_in("reviewer", stack.passwords["reviewer"])
     open_version(page, stack, "1")
-    for told in ("not a diagnostic device", "Quantitative analyses", "copy-free", "Nearest neighbour"):
+    for told in ("Gate passed", "not a diagnostic device", "Quantitative analyses", "copy-free", "Nearest neighbour"):
         page.get_by_text(told).first.wait_for()
-    page.get_by_text("report", exact=False).first.wait_for()
     assert not page.get_by_text("@ champion").count()
+    with page.expect_popup() as opened:
+        page.get_by_role("link", name="Report", exact=True).click()
+    report = opened.value.frame_locator("iframe").first
+    report.get_by_role("heading", name="Can the figure be believed?").wait_for()
+    report.locator("img").first.wait_for()
+    keep_picture(opened.value, "report")
+    opened.value.close()
 
     add_tag(page, "promotion.reason", "first model")
     set_alias(page, "champion")
@@ -147,43 +169,53 @@ def test_a_reviewer_promotes_in_the_browser_what_dvc_repro_registered(
 
     open_version(page, stack, "1")
     page.get_by_text("champion since").wait_for()
+    keep_picture(page, "promoted")
     ended = project.braintumor("reader", "predict", "data/test/glioma", "--json")
     assert ended.returncode == 0, ended.stderr
     assert len(ended.stdout.splitlines()) == 6
 
 
 def test_a_promotion_without_the_override_it_needs_is_put_back_and_its_page_says_why(
-    project: Project, log_in: Callable[[str, str], "Page"], monkeypatch: pytest.MonkeyPatch
+    project: Project,
+    log_in: Callable[[str, str], "Page"],
+    make_folders: Callable[..., Any],
+    params: Profile,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stack = project.stack
+    with monkeypatch.context() as scope:
+        for name, value in stack.environment_of("pipeline").items():
+            scope.setenv(name, value)
+        # Evaluated where nobody knew of the champion.
+        folders = make_folders()
+        gate(folders.evaluation, folders.context, folders.validation, folders.decision, params.gate)
+        version = register_folders(folders, params).version
     before = len(project.history())
-    write_params(project.folder / "params.yaml", promote={"poll_seconds": POLL_S}, train={"seed": 21})
-    ended = project.run("pipeline", "dvc", "repro")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
 
     page = log_in("reviewer", stack.passwords["reviewer"])
-    open_version(page, stack, "2")
-    page.get_by_text("not comparable").first.wait_for()
+    open_version(page, stack, version)
     set_alias(page, "champion")
     entries = project.wait_for_entries(before + 1)
-    assert (entries[-1]["action"], entries[-1]["version"], entries[-1]["after"]) == ("refused", "2", "1")
+    assert (entries[-1]["action"], entries[-1]["version"], entries[-1]["after"]) == ("refused", version, "1")
     assert champion(stack, monkeypatch) == "1"
-    open_version(page, stack, "2")
-    page.get_by_text("not comparable").first.wait_for()
-    page.get_by_text("promotion.override").first.wait_for()
+    open_version(page, stack, version)
+    for told in ("and the champion now is version 1", "promotion.override"):
+        page.get_by_text(told).first.scroll_into_view_if_needed()
+    keep_picture(page, "refused")
 
-    add_tag(page, "promotion.override", "few test images; looked at each of them")
+    add_tag(page, "promotion.override", "looked at each of the images")
     set_alias(page, "champion")
     entries = project.wait_for_entries(before + 2)
-    assert (entries[-1]["action"], entries[-1]["after"]) == ("promoted", "2")
-    assert entries[-1]["override"] == "few test images; looked at each of them"
-    assert champion(stack, monkeypatch) == "2"
+    assert (entries[-1]["action"], entries[-1]["after"]) == ("promoted", version)
+    assert entries[-1]["override"].startswith("looked at each of the images (despite: ")
+    assert champion(stack, monkeypatch) == version
 
     ended = project.braintumor("reviewer", "rollback", "--reason", "the new one was only tried")
     assert ended.returncode == 0, ended.stderr
     assert project.wait_for_entries(before + 3)[-1]["after"] == "1"
     assert champion(stack, monkeypatch) == "1"
-    assert project.braintumor("reader", "history", "--verify").returncode == 0
+    ended = project.braintumor("reader", "history", "--verify")
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_reader_who_tries_it_in_the_browser_changes_nothing(
@@ -192,7 +224,10 @@ def test_a_reader_who_tries_it_in_the_browser_changes_nothing(
     before = project.history()
     page = log_in("reader", project.stack.passwords["reader"])
     open_version(page, project.stack, "2")
-    set_alias(page, "champion")
-    page.get_by_text("Permission denied").first.wait_for()
+    with page.expect_response(lambda answer: answer.url.endswith("registered-models/alias")) as answer:
+        set_alias(page, "champion")
+    assert answer.value.status == 403
+    # The dialog stays, and shows what the server answered.
+    page.get_by_role("button", name="Save aliases").wait_for()
     assert champion(project.stack, monkeypatch) == "1"
     assert project.history() == before
