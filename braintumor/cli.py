@@ -293,7 +293,7 @@ def history(
     if as_json:
         print(history.as_json(entries, model_name))
         return
-    history.show_history(entries)
+    history.show_history(entries, model_name)
     if verified is not None and verified.head_sha256:
         print(f"history: the chain holds, {verified.n} entries; the hash of the last is {verified.head_sha256}")
 

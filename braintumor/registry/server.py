@@ -46,6 +46,12 @@ def database_file(address: str) -> Path | None:
     return Path(address.removeprefix(SQLITE)).absolute() if address.startswith(SQLITE) else None
 
 
+def shown_address() -> str:
+    """The address in use, without user and password."""
+    address = tracking_uri()
+    return _hide_password(address, address)
+
+
 def run_address(experiment_id: str, run_id: str) -> str | None:
     """The page of the run in the server's UI, without user and password; None for a store that is no server."""
     address = tracking_uri()
