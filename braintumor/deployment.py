@@ -1,7 +1,9 @@
-"""The deployment hook: who serves the model is told of each change of champion, signed, at least once, in order.
+"""The deployment hook: who serves the model is told, signed, what to serve; of the newest change at least once.
 
-A hook that gets the same Idempotency-Key again has done its work already. What it shall serve stands in `after`: a
-version, or null for none.
+The contract. A receiver serves what stands in `after`: a version, or null for none. It ignores a call whose
+Idempotency-Key it has seen, and an entry whose `index` is lower than one that it has applied: promoters that run at the
+same time, or a call that the network held up, may tell it of an older change after a newer one. A change that it did
+not take may be left out once there is a newer one.
 """
 
 import base64

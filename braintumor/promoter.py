@@ -30,12 +30,12 @@ from braintumor.errors import UserError
 from braintumor.params import Profile
 from braintumor.progress import note
 from braintumor.registry import ledger, promotions
+from braintumor.registry.provisioning import WEBHOOK_SECRET_VARIABLE
 from braintumor.registry.server import connected
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-WEBHOOK_SECRET_VARIABLE = "BRAINTUMOR_WEBHOOK_SECRET"
 SIGNATURE_HEADER, SIGNATURE_VERSION = "X-MLflow-Signature", "v1"
 TIMESTAMP_HEADER, DELIVERY_HEADER = "X-MLflow-Timestamp", "X-MLflow-Delivery-Id"
 MAX_AGE_S = 300  # of a webhook's call, before or after our clock
@@ -52,7 +52,7 @@ SECRETS = (
     WEBHOOK_SECRET_VARIABLE, SECRET_VARIABLE, HOOK_VARIABLE, "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN",
     "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
 )  # fmt: skip
-LOGIN = re.compile(r"//[^/\s@]*@")
+LOGIN = re.compile(r"//[^/\s]*@")
 
 
 @dataclass(frozen=True)

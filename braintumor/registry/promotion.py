@@ -11,6 +11,7 @@ from braintumor.params import GateParams, PromoteParams
 from braintumor.registry.ledger import Recorded
 from braintumor.registry.policy import decide
 from braintumor.registry.version_facts import VersionFacts
+from braintumor.registry.versions import MODEL_SHA256
 
 # Clocks of one installation agree to a few seconds; what was made later than this was dated wrongly.
 MAX_CLOCK_SKEW = timedelta(minutes=5)
@@ -18,7 +19,9 @@ MAX_CLOCK_SKEW = timedelta(minutes=5)
 SHARED_DIGESTS = ("model_digest", "data_md5", "splits_sha256")
 METRICS_SHA256, EVIDENCE_SHA256 = "metrics_sha256", sha256_key(EVIDENCE)
 # Of a former champion: what it is, and what it was judged by.
-IDENTITY = ("model_digest", "data_md5")
+IDENTITY = ("model_digest", MODEL_SHA256, "data_md5")
+# Entries of before that file was hashed do not tell it.
+NOT_IN_EVERY_ENTRY = (MODEL_SHA256,)
 SHOWN_DIGITS = 12
 
 
@@ -161,7 +164,7 @@ def _too_old(facts: VersionFacts, promote: PromoteParams, now: datetime) -> Iter
 def _other_model(facts: VersionFacts, was_champion: Recorded) -> Iterator[str]:
     for name in IDENTITY:
         expected, value = was_champion.entry.digests.get(name), facts.digests[name]
-        if value != expected:
+        if value != expected and (expected is not None or name not in NOT_IN_EVERY_ENTRY):
             yield (
                 f"its {name} is {_shown(value)}, and when it was champion "
                 f"(entry {was_champion.entry.index}) it was {_shown(expected)}"

@@ -6,21 +6,24 @@ and stays open until all that follows from it is done.
 """
 
 import hashlib
+import re
 import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braintumor.errors import GateNotPassed, UserError
 from braintumor.params import Profile
 from braintumor.registry import ledger
+from braintumor.registry.history import DELIVERED
 from braintumor.registry.ledger import LedgerMoved, Recorded
 from braintumor.registry.promotion import Ruling, rule
-from braintumor.registry.rights import BY, REVIEWER, ServerRights, server_rights
+from braintumor.registry.rights import BY, REVIEWER, REVIEWERS_TAGS, ServerRights, server_rights
 from braintumor.registry.server import (
     CHAMPION,
     REFUSED_CODES,
@@ -39,15 +42,21 @@ if TYPE_CHECKING:
 Deploy = Callable[[Recorded], None]
 
 # What a request consists of, as tags of the version, with BY, which the server's plugin writes, and nobody else can.
-REASON, OVERRIDE, CLAIMED_BY = (f"promotion.{name}" for name in ("reason", "override", "claimed_by"))
+REASON, OVERRIDE = REVIEWERS_TAGS
+CLAIMED_BY = "promotion.claimed_by"
 # In the order in which they are removed: what is left of an interrupted removal must not override anything.
 REQUEST = (OVERRIDE, CLAIMED_BY, REASON, BY)
+# What the command line adds to its tags: the entry that it asks for, and when. They say nothing of any other request.
+ASKED_FOR = re.compile(r"(?P<text>.*) \[entry (?P<index>[0-9]{1,9}) at (?P<time>[0-9T:+-]{25})\]", re.DOTALL)
+REQUEST_LASTS = timedelta(minutes=5)
 # What became of the version, for its page.
 OUTCOME = "promotion.outcome"
 NONE_GIVEN = "none given"
 UNKNOWN_USER = "in the UI, user unknown"
 OVERRIDE_HINT = f"; a reviewer may override this: give the version the tag {OVERRIDE} with a reason, and set it again"
-DELIVERED, SUPERSEDED, FAILING = "delivered", "superseded", "failing: "
+SUPERSEDED, FAILING = "superseded", "failing: "
+# What our own rules may raise for facts that nobody foresaw.
+NOT_JUDGED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 MAX_TEXT_CHARACTERS = 1000
 MAX_SHOWN_CHARACTERS = 1500
@@ -65,6 +74,10 @@ class Outcome:
 
     def __str__(self) -> str:
         return f"entry {self.recorded.entry.index}: {self.what}"
+
+
+class CanNotBeJudged(GateNotPassed):
+    """The version's files are such that the rules themselves fail on them."""
 
 
 class NotDeployed(UserError):
@@ -104,9 +117,10 @@ def rollback(model_name: str, reason: str, params: Profile) -> Outcome:
 def reconcile(params: Profile, who: str | None = None, deploy: Deploy | None = None) -> list[Outcome]:
     """Ledger, alias, version pages and deployment are in line; what was done, in order.
 
-    `who` stands in the ledger where nothing tells who set the alias. `deploy` is called at least once for each change
-    of champion, the oldest first; without it that is left to somebody who has it. Raises NotDeployed after all else
-    where it raised UserError.
+    `who` stands in the ledger where nothing tells who set the alias. `deploy` is called for each change of champion,
+    the oldest first, and again next time where it raised UserError: until it took the call, or a newer change is to be
+    deployed. The newest is told at least once. Without `deploy` that is left to somebody who has it. Raises NotDeployed
+    after all else where it raised UserError.
     """
     if holds_nothing_yet():
         return []
@@ -146,11 +160,12 @@ def _record_change(
     if alias == champion:
         return None
     facts: dict[str, Any] = dict(before=champion, override="", comparison="", digests={})
-    tags: Mapping[str, str] = {}
+    found: Mapping[str, str] = {}
     now = server_time(client)
     former = None if champion is None else version_by_number(client, model_name, champion)
     if champion is not None and (alias is None or former is None):
-        tags = {} if former is None else dict(former.tags)
+        found = {} if former is None else dict(former.tags)
+        tags = _of_this_request(found, entries, now)
         reason = "the version was deleted" if former is None else tags.get(REASON, "").strip() or NONE_GIVEN
         facts |= dict(action="removed", version=champion, after=None, reason=reason)
     else:
@@ -158,10 +173,11 @@ def _record_change(
         version = version_by_number(client, model_name, alias)
         if version is None:  # gone since, and its alias with it
             raise LedgerMoved
-        tags = dict(version.tags)
+        found = dict(version.tags)
+        tags = _of_this_request(found, entries, now)
         facts |= _judged(client, model_name, alias, tags, params, entries, now)
     name, is_known = _author(tags, entries, who)
-    facts |= dict(who=name, who_is_known=is_known, time=now.isoformat(timespec="seconds"), claim=_claim(tags))
+    facts |= dict(who=name, who_is_known=is_known, time=now.isoformat(timespec="seconds"), claim=_claim(found))
     return ledger.append(client, model_name, entries[-1] if entries else None, facts)
 
 
@@ -183,6 +199,8 @@ def _judged(
         raise LedgerMoved from None
     except UnfitVersion as error:
         return refused | dict(reason=str(error))
+    except CanNotBeJudged as error:
+        return refused | dict(reason=str(error))
     known = dict(comparison=str(facts.comparison.get("verdict") or ""), digests=facts.digests)
     if objections := ruling.objections(override):
         hint = "" if ruling.refusals else OVERRIDE_HINT
@@ -202,7 +220,51 @@ def _ruling(
     with tempfile.TemporaryDirectory(prefix="braintumor-facts-") as scratch:
         facts = read_facts(client, model_name, version, Path(scratch))
     champion, was_champion = ledger.champion_of(entries), ledger.was_champion(entries, version)
-    return facts, rule(facts, champion, was_champion, params.gate, params.promote, now)
+    try:
+        return facts, rule(facts, champion, was_champion, params.gate, params.promote, now)
+    # Whoever uploaded them must not keep us from all that comes after.
+    except NOT_JUDGED as error:
+        raise CanNotBeJudged(
+            f"version {version} of {model_name} may not be promoted: its files can't be judged "
+            f"({type(error).__name__}); register the model again ('braintumor register')"
+        ) from error
+
+
+def _next_index(entries: Sequence[Recorded]) -> int:
+    return entries[-1].entry.index + 1 if entries else 1
+
+
+def _of_this_request(tags: Mapping[str, str], entries: Sequence[Recorded], now: datetime) -> Mapping[str, str]:
+    """The tags without what the command line asked for in a request that came to nothing, and without its marks.
+
+    Where the server says when the alias was set, that is the time of the request; else it is `now`.
+    """
+    _, _, signed = tags.get(BY, "").rpartition(" at ")
+    when = (_time(signed.partition(" #")[0]) if server_rights() is not None else None) or now
+    kept = dict(tags)
+    for name in (OVERRIDE, CLAIMED_BY, REASON):
+        asked = ASKED_FOR.fullmatch(kept.get(name, ""))
+        if asked is None:
+            continue
+        time_asked = _time(asked["time"])
+        is_meant = (
+            int(asked["index"]) == _next_index(entries)
+            and time_asked is not None
+            and abs(when - time_asked) <= REQUEST_LASTS
+        )
+        if is_meant:
+            kept[name] = asked["text"]
+        else:
+            del kept[name]
+    return kept
+
+
+def _time(text: str) -> datetime | None:
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return time if time.tzinfo is not None else None
 
 
 def _author(tags: Mapping[str, str], entries: Sequence[Recorded], otherwise: str) -> tuple[str, bool]:
@@ -293,23 +355,27 @@ def _finish(
     """Entries from which nothing more follows are closed; the outcomes of the deployment hook."""
     changes = [one for one in entries if one.entry.action != "refused"]
     outcomes: list[Outcome] = []
-    failing: dict[int, tuple[Recorded, str]] = {}
+    failing: tuple[Recorded, str] | None = None
+    last_delivered = max((one.entry.index for one in changes if one.hook.startswith(DELIVERED)), default=0)
     for recorded in entries:
         if recorded not in changes or (deploy is None and not recorded.hook.startswith(FAILING)):
             if recorded.is_open:
                 ledger.close(client, recorded, None)
+        elif deploy is not None and recorded.is_open and recorded.entry.index < last_delivered:
+            # Another promoter was faster.
+            ledger.close(client, recorded, None if _is_told(recorded) else f"{SUPERSEDED} by entry {last_delivered}")
         elif deploy is not None and _is_due(recorded, changes[-1]):
+            # Before the call: whoever is killed after it must not tell the deployment of the older one next time.
+            if failing is not None:
+                ledger.close(client, failing[0], f"{SUPERSEDED} by entry {recorded.entry.index}: {failing[1]}")
+                failing = None
             try:
                 deploy(recorded)
             except UserError as error:
-                failing[recorded.entry.index] = (recorded, str(error))
+                failing = (recorded, str(error))
                 if recorded.hook != f"{FAILING}{error}":
                     ledger.set_hook(client, recorded, f"{FAILING}{error}")
                 continue
-            # What follows from an older entry must not come after this one.
-            for older, reason in failing.values():
-                ledger.close(client, older, f"{SUPERSEDED} by entry {recorded.entry.index}: {reason}")
-            failing.clear()
             ledger.close(client, recorded, f"{DELIVERED} {datetime.now(UTC).isoformat(timespec='seconds')}")
             outcomes.append(Outcome(recorded, f"the deployment hook was told of {_version(recorded.entry.after)}"))
         elif deploy is not None and recorded.is_open:
@@ -317,16 +383,18 @@ def _finish(
             ledger.close(client, recorded, None)
     if failing:
         told = "".join(f"{outcome}; " for outcome in [*done, *outcomes])
-        index, (_, reason) = next(iter(failing.items()))
-        raise NotDeployed(f"{told}entry {index} is recorded, but {reason}; it is called again next time")
+        late, reason = failing
+        raise NotDeployed(f"{told}entry {late.entry.index} is recorded, but {reason}; it is called again next time")
     return outcomes
 
 
 def _is_due(recorded: Recorded, newest: Recorded) -> bool:
     """Whether the deployment hook has to be told; of what somebody without a hook closed, of the newest alone."""
-    if recorded.hook.startswith((DELIVERED, SUPERSEDED)):
-        return False
-    return recorded.is_open or recorded is newest
+    return not _is_told(recorded) and (recorded.is_open or recorded is newest)
+
+
+def _is_told(recorded: Recorded) -> bool:
+    return recorded.hook.startswith((DELIVERED, SUPERSEDED))
 
 
 def _promote(
@@ -355,31 +423,43 @@ def _promote(
             f"version {version} of {model_name} may not be promoted: {'; '.join(objections)}; {remedy}. "
             f"The champion stays {_version(champion)}"
         )
-    _request_promotion(client, model_name, version, reason, override, rights)
-    return _await_entry(client, model_name, version, params, rights, len(entries))
-
-
-def _request_promotion(
-    client: "MlflowClient", model_name: str, version: str, reason: str, override: str, rights: ServerRights | None
-) -> None:
-    """The alias is set, after the tags that say why; what an earlier request left there is gone."""
+    mark = f" [entry {_next_index(entries)} at {server_time(client).isoformat(timespec='seconds')}]"
     wanted = {OVERRIDE: override, REASON: reason}
     if rights is None:
         wanted[CLAIMED_BY] = f"{user_name()}@{socket.gethostname()} (command line)"
-    found = version_by_number(client, model_name, version)
-    tags = {} if found is None else found.tags
-    for name, value in wanted.items():
-        if value and tags.get(name) != value:
-            client.set_model_version_tag(model_name, version, name, value)
-        elif not value and name in tags:
-            client.delete_model_version_tag(model_name, version, name)
+    request = {name: f"{value}{mark}" if value else "" for name, value in wanted.items()}
+    _request_promotion(client, model_name, version, request)
+    return _await_entry(client, model_name, version, params, rights, len(entries), request)
+
+
+def _request_promotion(client: "MlflowClient", model_name: str, version: str, request: Mapping[str, str]) -> None:
+    """The alias is set, after the tags that say why; what an earlier request left there is gone.
+
+    Where it fails before the alias is set, the tags are gone again, as far as the server lets us.
+    """
     try:
-        client.set_registered_model_alias(model_name, CHAMPION, version)
-    except Exception as error:
-        if error_code(error) in REFUSED_CODES:
-            for name in wanted:
+        found = version_by_number(client, model_name, version)
+        tags = {} if found is None else found.tags
+        for name, value in request.items():
+            if value and tags.get(name) != value:
+                client.set_model_version_tag(model_name, version, name, value)
+            elif not value and name in tags:
                 client.delete_model_version_tag(model_name, version, name)
+        client.set_registered_model_alias(model_name, CHAMPION, version)
+    except Exception:
+        # An answer may be lost, and the alias set all the same: then the tags are what it rests on.
+        with suppress(Exception):
+            if _alias(client, model_name) != version:
+                _withdraw(client, model_name, version, request)
         raise
+
+
+def _withdraw(client: "MlflowClient", model_name: str, version: str, request: Mapping[str, str]) -> None:
+    """The tags of our own request are gone; those of somebody else stay."""
+    found = version_by_number(client, model_name, version)
+    for name, value in request.items():
+        if found is not None and value and found.tags.get(name) == value:
+            client.delete_model_version_tag(model_name, version, name)
 
 
 def _in_line(
@@ -395,7 +475,13 @@ def _in_line(
 
 
 def _await_entry(
-    client: "MlflowClient", model_name: str, version: str, params: Profile, rights: ServerRights | None, n_before: int
+    client: "MlflowClient",
+    model_name: str,
+    version: str,
+    params: Profile,
+    rights: ServerRights | None,
+    n_before: int,
+    request: Mapping[str, str],
 ) -> Outcome:
     """What became of the request, after the first `n_before` entries."""
     deadline = time.monotonic() + PROMOTER_WAIT_S
@@ -407,6 +493,7 @@ def _await_entry(
         if own:
             return Outcome(own[-1], _told(own[-1]))
         if alias != version and alias == ledger.champion_of(entries):
+            _withdraw(client, model_name, version, request)
             raise UserError(
                 f"somebody else set the champion of {model_name} to {_version(alias)} before version {version} was "
                 "recorded; look at 'braintumor history', then promote again if it is still right"

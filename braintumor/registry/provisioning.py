@@ -153,7 +153,7 @@ def _webhook_secret(address: str | None) -> str:
         return ""
     if urlsplit(address).scheme not in {"http", "https"} or not urlsplit(address).hostname:
         raise UserError("--webhook-address is no address; give the promoter's, as https://promoter.example/webhook")
-    secret = os.environ.get(WEBHOOK_SECRET_VARIABLE, "")
+    secret = os.environ.get(WEBHOOK_SECRET_VARIABLE, "").strip()
     if not secret:
         raise UserError(f"the webhook needs a secret; set {WEBHOOK_SECRET_VARIABLE}, here and for the promoter")
     return secret

@@ -9,7 +9,7 @@ of an address or a body is a way around it. Administrators give the roles, and h
 import re
 import secrets
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,14 @@ REVIEWERS_TAGS = ("promotion.reason", "promotion.override")
 # The ledger of promotions, an MLflow experiment: its name, and the beginning of its own tags.
 LEDGER_NAME = re.compile(r" promotions( \(beginning [^)]*\))?$")
 LEDGER_TAG = "ledger."
+
+# What a promotion rested on, of a version and of its run; of whatever was promoted it stays.
+KEPT_VERSION_TAGS = (
+    "model_digest", "data_md5", "splits_sha256", "gate", "metrics_sha256", "evidence_sha256", "card_sha256",
+)  # fmt: skip
+KEPT_RUN_TAGS = ("gate", "model_digest")
+# Folders of a run's artifacts. Data Docs, in the folder `data`, may be published again.
+KEPT_FOLDERS = ("training", "evaluation", "gate", "card")
 
 RIGHTS = "/braintumor/rights"
 
@@ -106,6 +114,11 @@ def is_ledger_name(name: str) -> bool:
     return LEDGER_NAME.search(_plain(name)) is not None
 
 
+def is_judged_file(parts: Sequence[str]) -> bool:
+    """Whether a promotion rests on this file or folder, given by its path within the run's folder."""
+    return len(parts) < 2 or parts[0] != "artifacts" or parts[1] in KEPT_FOLDERS
+
+
 def create_app(app: "Flask | None" = None) -> Any:
     """MLflow's server with accounts, where reviewers and the promoter alone set 'champion'.
 
@@ -114,13 +127,14 @@ def create_app(app: "Flask | None" = None) -> Any:
     from mlflow.server import app as mlflow_app
     from mlflow.server import auth
 
-    from braintumor.registry.rights_guard import refuse_unknown_mlflow, tell_rights, watch
+    from braintumor.registry.rights_guard import refuse_unknown_mlflow, tell_rights, watch, watch_uploads
 
     flask_app = app or mlflow_app
     refuse_unknown_mlflow(flask_app)
     served = auth.create_app(flask_app)
     # After MLflow's own: what reaches the guard comes from a user who may do it by MLflow's rights.
     watch(flask_app)
+    watch_uploads(served)
     tell_rights(flask_app)
     return served
 

@@ -1,5 +1,6 @@
 """The way to the MLflow server: its address, how long we wait for it, and its failures in words."""
 
+import errno
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +31,8 @@ UNREACHABLE_CODES = frozenset(
 )
 REFUSED_CODES = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"})
 # MLflow lets these libraries' exceptions through when its database or artifact store fails.
+# Failures of the disk and the limits of the machine that we run on.
+OWN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EIO)
 TRANSPORT_LIBRARIES = frozenset({"requests", "urllib3", "sqlalchemy", "botocore", "boto3", "s3transfer"})
 
 # The servers that this process has found to be of our major version.
@@ -172,10 +175,15 @@ def _explain(address: str, error: Exception) -> UserError | None:
     """The error in words, or None for one that is not the registry's."""
     from mlflow.exceptions import MlflowException
 
-    reason = _hide_password(address, (str(error).strip().splitlines() or [type(error).__name__])[0])
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = _hide_password(address, lines[0])
     shown = _hide_password(address, address)
     code = error_code(error)
     library = type(error).__module__.partition(".")[0]
+    # MLflow tells of a file that it could not write while downloading as if the server had failed.
+    if isinstance(error, OSError | MlflowException) and any(os.strerror(one) in str(error) for one in OWN_DISK):
+        told = _hide_password(address, " ".join(lines))
+        return RegistryUnreachable(f"this machine can't write what it reads from MLflow ({told}); make room there")
     if library in TRANSPORT_LIBRARIES or (isinstance(error, MlflowException) and code in UNREACHABLE_CODES):
         return RegistryUnreachable(
             f"MLflow at {shown} does not answer ({reason}); "

@@ -24,12 +24,15 @@ from braintumor.errors import UserError
 from braintumor.evidence.verdicts import SAME_MODEL
 from braintumor.params import Params, PrivacyParams
 from braintumor.progress import warn
+from braintumor.registry import ledger
+from braintumor.registry.rights import server_rights
 from braintumor.registry.server import ARTIFACT_FOLDER, connected, database_file, error_code, holds_nothing_yet
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from mlflow import MlflowClient
     from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
 
 # Marks a run that this package opened, and may end.
 OPENED_BY = "opened_by"
@@ -220,8 +223,10 @@ def published_judgement(run_id: str) -> tuple[dict[str, Any], dict[str, Any], di
 
 
 def publish_card(run_id: str, card: Mapping[str, Any]) -> None:
-    """The run holds this content of model_card.json."""
+    """The run holds this content of model_card.json, unless its model was promoted: then the card of then stays."""
     with connected() as client, tempfile.TemporaryDirectory() as scratch:
+        if _was_promoted(client, run_id):
+            return
         file = Path(scratch) / Path(artifacts.MODEL_CARD).name
         write_json(file, dict(card))
         sha256 = sha256_of_file(file)
@@ -421,8 +426,17 @@ def _publish_evaluation(
         return
     run = client.get_run(run_id)
     shown_before = {PRIVACY: privacy.model_dump_json()}.items() <= run.data.tags.items()
+    is_settled = _was_promoted(client, run_id)
     # It was promoted since: the comparison with its predecessor, on which that rested, stays.
-    if shown_before and is_of_the_champion(read_json(evaluation / artifacts.EVIDENCE, "braintumor evaluate")):
+    if shown_before and (
+        is_settled or is_of_the_champion(read_json(evaluation / artifacts.EVIDENCE, "braintumor evaluate"))
+    ):
+        return
+    if is_settled and server_rights() is not None:
+        warn(
+            f"the model of run {run_id} was promoted: the server keeps the evaluation on which that rested, with its "
+            "pictures; whoever may delete in the artifact store can take away what privacy forbids by now"
+        )
         return
     _log_changed(client, run, test_figures(metrics))
     set_tags(
@@ -440,6 +454,19 @@ def _publish_evaluation(
     _mark_published(client, run_id, EVALUATION_ARTIFACTS, digest)
 
 
+def _was_promoted(client: "MlflowClient", run_id: str) -> bool:
+    """Whether the run's model is or was champion: what that rested on changes no more."""
+    return any(was_promoted(client, version) for version in client.search_model_versions(f"run_id = '{run_id}'"))
+
+
+def was_promoted(client: "MlflowClient", version: "ModelVersion") -> bool:
+    """Whether the ledger of promotions knows the version as a champion; raises LedgerBroken."""
+    # Of a version without this tag nobody has to read the ledger.
+    if ledger.VERSION_ENTRY not in version.tags:
+        return False
+    return ledger.was_champion(ledger.read(client, version.name), str(version.version)) is not None
+
+
 def is_of_the_champion(evidence: Mapping[str, Any]) -> bool:
     """Whether the model that was evaluated is the champion, so that nothing was left to compare it with."""
     return (evidence.get("comparison") or {}).get("reason") == SAME_MODEL
@@ -453,6 +480,8 @@ def _publish_decision(
     digests = content.get("digests", {})
     if digests.get(MODEL_DIGEST) != digest:
         raise UserError(f"{file} judges another model; run 'braintumor gate' again")
+    if _was_promoted(client, run_id):
+        return
     if evaluation is not None and is_of_the_champion(read_json(evaluation / artifacts.EVIDENCE, "braintumor evaluate")):
         shown = client.get_run(run_id).data.tags.get(EVIDENCE_SHA256)
         # The evaluation on which the promotion rested stays, and so does the decision on it.

@@ -1,6 +1,7 @@
 """All that is known of a registered version, read anew from the registry; every digest is computed on what was read."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +12,15 @@ from typing import TYPE_CHECKING, Any
 from braintumor import artifacts
 from braintumor.artifacts import sha256_of_file
 from braintumor.errors import GateNotPassed, UserError
-from braintumor.model.saved import model_digest
+from braintumor.model.saved import MAX_MODEL_BYTES, model_digest
 from braintumor.registry.tracking import EVALUATION_ARTIFACTS, get_run
-from braintumor.registry.versions import LOGGED_MODEL_URI, MODEL_IN_FOLDER, version_by_number
+from braintumor.registry.versions import (
+    LOGGED_MODEL_URI,
+    MODEL_IN_FOLDER,
+    MODEL_SHA256,
+    is_place_of_the_server,
+    version_by_number,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,7 +28,10 @@ if TYPE_CHECKING:
 
 DECISION = f"gate/{artifacts.DECISION}"
 METRICS, EVIDENCE = (f"{EVALUATION_ARTIFACTS}/{name}" for name in (artifacts.METRICS, artifacts.EVIDENCE))
-MAX_JSON_BYTES = 1 << 26  # an evaluation of a hundred thousand images stays far below
+# What anybody uploads has to be read: an evaluation has some 50 KB, and is eight deep.
+MAX_JSON_BYTES = 1 << 22
+MAX_DEPTH = 50
+MAX_DIGITS = 40
 REGISTER_AGAIN = "register the model again ('braintumor register')"
 
 
@@ -54,12 +64,14 @@ class VersionFacts:
     metrics_sha256: str
     evidence_sha256: str
     model_digest: str
+    model_sha256: str
 
     @property
     def digests(self) -> dict[str, str]:
         """What the ledger keeps of the version."""
         return {
             "model_digest": self.model_digest,
+            MODEL_SHA256: self.model_sha256,
             "data_md5": str(self.metrics.get("data_md5")),
             "decision_sha256": self.decision_sha256,
             "metrics_sha256": self.metrics_sha256,
@@ -90,9 +102,12 @@ def read_facts(client: "MlflowClient", model_name: str, version: str, scratch: P
             f"version {version} of {model_name} has no decision of the gate, since it has no run any more; "
             f"restore run {found.run_id or '(none)'} in MLflow, or {REGISTER_AGAIN}"
         )
-    folders = _Folder(run.info.artifact_uri), _Folder(_place_of_model(client, found))
-    files = {path: _download(folders[0], path, found, scratch) for path in (DECISION, METRICS, EVIDENCE)}
+    folders = _folder(run.info.artifact_uri, found), _folder(_place_of_model(client, found), found)
+    files = {
+        path: _download(folders[0], path, MAX_JSON_BYTES, found, scratch) for path in (DECISION, METRICS, EVIDENCE)
+    }
     contents = {path: _parsed(file, path, found) for path, file in files.items()}
+    model = _download(folders[1], MODEL_IN_FOLDER, MAX_MODEL_BYTES, found, scratch)
     return VersionFacts(
         name=model_name,
         version=str(found.version),
@@ -107,7 +122,8 @@ def read_facts(client: "MlflowClient", model_name: str, version: str, scratch: P
         decision_sha256=sha256_of_file(files[DECISION]),
         metrics_sha256=sha256_of_file(files[METRICS]),
         evidence_sha256=sha256_of_file(files[EVIDENCE]),
-        model_digest=_digest_of_model(folders[1], found, scratch),
+        model_digest=_digest_of_model(model, found),
+        model_sha256=sha256_of_file(model),
     )
 
 
@@ -121,9 +137,10 @@ class _Folder:
         self._sizes: dict[str, dict[str, int | None]] = {}
 
     def sizes(self, folder: str) -> Mapping[str, int | None]:
-        """Size by path; stores tell a missing file badly from a failure of theirs, so one asks first."""
+        """Size by path, None for a folder; stores tell a missing file badly from a failure of theirs, so one asks."""
         if folder not in self._sizes:
-            self._sizes[folder] = {file.path: file.file_size for file in self._repository.list_artifacts(folder)}
+            found = self._repository.list_artifacts(folder)
+            self._sizes[folder] = {file.path: None if file.is_dir else file.file_size for file in found}
         return self._sizes[folder]
 
     def download(self, path: str, target: Path) -> Path:
@@ -137,30 +154,65 @@ def _place_of_model(client: "MlflowClient", version: "ModelVersion") -> str:
     return str(client.get_model_version_download_uri(version.name, version.version))
 
 
-def _download(folder: _Folder, path: str, version: "ModelVersion", scratch: Path) -> Path:
+def _folder(uri: str, version: "ModelVersion") -> _Folder:
+    if not is_place_of_the_server(uri):
+        raise _unfit(version, "its files lie elsewhere than in the server's artifact store")
+    return _Folder(uri)
+
+
+def _download(folder: _Folder, path: str, max_bytes: int, version: "ModelVersion", scratch: Path) -> Path:
     sizes = folder.sizes(str(Path(path).parent))
     if path not in sizes:
-        raise _unfit(version, f"its run {version.run_id} has no {path}")
-    if (sizes[path] or 0) > MAX_JSON_BYTES:
-        raise _unfit(version, f"{path} of its run {version.run_id} is {sizes[path]} bytes long")
+        missing = "its model file is gone from the artifact store" if path == MODEL_IN_FOLDER else None
+        raise _unfit(version, missing or f"its run {version.run_id} has no {path}")
+    size = sizes[path]
+    if size is None or size > max_bytes:
+        told = "no file" if size is None else f"{size} bytes long, and {max_bytes} are allowed"
+        raise _unfit(version, f"its {path} is {told}")
     return folder.download(path, scratch)
 
 
 def _parsed(file: Path, path: str, version: "ModelVersion") -> Mapping[str, Any]:
+    """The JSON object, which any part of ours can compute with and write down."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise _unfit(version, f"{path} of its run {version.run_id} is no JSON object")
-    return content
+        content = json.loads(
+            file.read_text(encoding="utf-8"), parse_int=_int, parse_float=_finite, parse_constant=_finite
+        )
+        is_fit = isinstance(content, dict) and _depth(content) <= MAX_DEPTH
+        json.dumps(content, ensure_ascii=False).encode()  # fails for half a character
+    except (ValueError, RecursionError, MemoryError):
+        is_fit = False
+    if not is_fit:
+        raise _unfit(version, f"{path} of its run {version.run_id} is no JSON object that can be judged")
+    found: dict[str, Any] = content
+    return found
 
 
-def _digest_of_model(folder: _Folder, version: "ModelVersion", scratch: Path) -> str:
-    if MODEL_IN_FOLDER not in folder.sizes(str(Path(MODEL_IN_FOLDER).parent)):
-        raise _unfit(version, "its model file is gone from the artifact store")
+def _int(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number")
+    return number
+
+
+def _depth(content: object) -> int:
+    """How deep objects and lists are nested, told without recursion."""
+    depth, level = 0, [content]
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        depth += 1
+        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
+    return depth
+
+
+def _digest_of_model(file: Path, version: "ModelVersion") -> str:
     try:
-        return model_digest(folder.download(MODEL_IN_FOLDER, scratch))
+        return model_digest(file)
     except UserError:
         raise _unfit(version, "its model file is damaged") from None
 

@@ -10,18 +10,28 @@ from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from braintumor import artifacts
+from braintumor.artifacts import sha256_of_file
 from braintumor.data.profile import Accepted
 from braintumor.errors import UserError
 from braintumor.model.saved import model_digest
 from braintumor.registry import ledger
 from braintumor.registry.rights import server_rights
-from braintumor.registry.server import CHAMPION, connected, error_code, holds_nothing_yet, spelled_alike
-from braintumor.registry.tracking import published_profile
+from braintumor.registry.server import (
+    CHAMPION,
+    SERVER,
+    connected,
+    error_code,
+    holds_nothing_yet,
+    spelled_alike,
+    tracking_uri,
+)
+from braintumor.registry.tracking import published_profile, was_promoted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,9 +39,13 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 MODEL_DIGEST = "model_digest"
+MODEL_SHA256 = "model_sha256"  # of the file, in the ledger
 CARD_SHA256 = "card_sha256"
 LOGGED_MODEL = "classifier"
 LOGGED_MODEL_URI = "models:/"
+# Where artifacts lie that a server keeps and hands out itself.
+SERVERS_ARTIFACTS = "mlflow-artifacts:/"
+EXISTS_CODES = frozenset({"RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"})
 # Where mlflow.tensorflow keeps a Keras model in its folder.
 MODEL_IN_FOLDER = f"data/{artifacts.MODEL}"
 
@@ -109,23 +123,22 @@ def register_version(
     """
     with connected() as client:
         _ensure_registered_model(client, model_name)
-        found = _by_digest(client, model_name, tags[MODEL_DIGEST])
+        made, found = None, _by_digest(client, model_name, tags[MODEL_DIGEST])
         if found is None:
-            logged = _log_model(client, model, run_id, tags[MODEL_DIGEST])
-            made = client.create_model_version(
-                name=model_name,
-                source=f"{LOGGED_MODEL_URI}{logged.model_id}",
-                run_id=run_id,
-                tags={**tags, CARD_SHA256: _sha256(card)},
-                description=card,
-                model_id=logged.model_id,
-            )
-            number = str(made.version)
-        else:
-            number = str(found.version)
+            made = _make_version(client, model, model_name, run_id, tags, card)
+            # Somebody else has registered it since: our server refuses a second version of a model.
+            found = _by_digest(client, model_name, tags[MODEL_DIGEST]) if made is None else None
+        # A page that a promotion rested on stays as the reviewer saw it.
+        if found is not None and not was_promoted(client, found):
             _mend_version(client, found, tags, card)
+        present = made or found
+        if present is None:
+            raise UserError(
+                f"MLflow says that {model_name} has this model already, and shows no such version; try again"
+            )
+        number = str(present.version)
         _link_from_model(client, model_name, number)
-        return Version(number, _set_alias(client, model_name, alias, number), is_new=found is None)
+        return Version(number, _set_alias(client, model_name, alias, number), is_new=made is not None)
 
 
 def download_model(model_name: str, alias_or_version: str, target: Path) -> Path:
@@ -147,9 +160,14 @@ def download_model(model_name: str, alias_or_version: str, target: Path) -> Path
                 f"MLflow has no version {alias_or_version!r} of {model_name}; "
                 "give --alias with another alias (as 'challenger') or a number, or --model with a file"
             )
-        if alias_or_version == CHAMPION:
-            _refuse_unrecorded(client, version)
+        recorded_sha256 = _recorded_sha256(client, version) if alias_or_version == CHAMPION else None
         file = _download(client, version, target)
+    if recorded_sha256 is not None and sha256_of_file(file) != recorded_sha256:
+        file.unlink()
+        raise UserError(
+            f"version {version.version} of {model_name} does not hold the file that was promoted: it was replaced in "
+            "the artifact store; put it back, or promote another version"
+        )
     expected = version.tags.get(MODEL_DIGEST)
     if expected is None or model_digest(file) != expected:
         file.unlink()
@@ -160,12 +178,28 @@ def download_model(model_name: str, alias_or_version: str, target: Path) -> Path
     return file
 
 
-def _refuse_unrecorded(client: "MlflowClient", version: "ModelVersion") -> None:
-    """Where promotions are recorded, the version is the champion of the record, and the model of then."""
+def is_place_of_the_server(uri: str) -> bool:
+    """Whether artifacts lie in the server's own store; true of every place where MLflow is no server.
+
+    Who may make an experiment says where its runs' files lie: on the reader's disk, or with another host.
+    """
+    if not tracking_uri().startswith(SERVER):
+        return True
+    path = unquote(uri.removeprefix(SERVERS_ARTIFACTS))
+    is_plain = path.isprintable() and not path.startswith("/") and not set(path) & set("\\?#%")
+    return uri.startswith(SERVERS_ARTIFACTS) and is_plain and ".." not in path.split("/")
+
+
+def _recorded_sha256(client: "MlflowClient", version: "ModelVersion") -> str | None:
+    """The SHA-256 of the champion's file in the record of promotions; None where it has none.
+
+    Raises UserError where promotions are recorded, and the version is not the champion of the record, or not the model
+    of then.
+    """
     entries = ledger.read(client, version.name)
     # A server with our plugin has a promoter, who has yet to judge the first one.
     if not entries and server_rights() is None:
-        return
+        return None
     number, champion = str(version.version), ledger.champion_of(entries)
     if champion != number:
         raise UserError(
@@ -178,12 +212,39 @@ def _refuse_unrecorded(client: "MlflowClient", version: "ModelVersion") -> None:
             f"version {number} of {version.name} is another model than the one that was promoted: its tag "
             f"{MODEL_DIGEST} was changed; see 'braintumor history --verify', then promote another version"
         )
+    return made.entry.digests.get(MODEL_SHA256)
+
+
+def _make_version(
+    client: "MlflowClient", model: Path, model_name: str, run_id: str, tags: Mapping[str, str], card: str
+) -> "ModelVersion | None":
+    """A new version of the model file; None where the server has one of this digest by now."""
+    logged = _log_model(client, model, run_id, tags[MODEL_DIGEST])
+    try:
+        return client.create_model_version(
+            name=model_name,
+            source=f"{LOGGED_MODEL_URI}{logged.model_id}",
+            run_id=run_id,
+            tags={**tags, CARD_SHA256: _sha256(card)},
+            description=card,
+            model_id=logged.model_id,
+        )
+    except Exception as error:
+        if error_code(error) not in EXISTS_CODES:
+            raise
+        return None
 
 
 def _download(client: "MlflowClient", version: "ModelVersion", target: Path) -> Path:
     from mlflow.artifacts import download_artifacts
 
     folder = client.get_model_version_download_uri(version.name, version.version)
+    if not is_place_of_the_server(folder):
+        raise UserError(
+            f"the files of version {version.version} of {version.name} lie elsewhere than in the server's artifact "
+            "store, so they were not fetched; register the model again, where the server keeps artifacts "
+            "(--serve-artifacts)"
+        )
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".download-") as scratch:
         downloaded = download_artifacts(
@@ -198,7 +259,7 @@ def _ensure_registered_model(client: "MlflowClient", name: str) -> None:
     try:
         client.create_registered_model(name, description=MODEL_DESCRIPTION)
     except Exception as error:
-        if error_code(error) not in {"RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"}:
+        if error_code(error) not in EXISTS_CODES:
             raise
 
 

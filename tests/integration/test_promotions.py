@@ -1,25 +1,31 @@
 """Promotions on a real store, of versions that the steps gate and register registered."""
 
+import errno
 import json
+import os
 import shutil
 import sqlite3
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from braintumor import artifacts
 from braintumor.artifacts import sha256_of_file
-from braintumor.errors import GateNotPassed, UserError
+from braintumor.errors import GateNotPassed, RegistryUnreachable, UserError
 from braintumor.evidence.comparison import no_champion
+from braintumor.model.saved import MAX_MODEL_BYTES
 from braintumor.params import Profile
 from braintumor.registry import ledger, promotions, server
 from braintumor.registry.rights import ServerRights
 from braintumor.registry.server import connected
+from braintumor.registry.version_facts import MAX_JSON_BYTES
 from braintumor.registry.versions import download_model
 from braintumor.steps.gate import gate
 from braintumor.steps.register import register
@@ -154,6 +160,7 @@ def test_a_version_is_promoted_and_its_successor_after_it(registry: Registry) ->
     assert entry.who.endswith("(command line)") and not entry.who_is_known
     assert entry.digests == {
         "model_digest": registry.client.get_model_version(NAME, "1").tags["model_digest"],
+        "model_sha256": sha256_of_file(registry.model_file("1")),
         "data_md5": "0123456789abcdef0123456789abcdef",
         "decision_sha256": sha256_of_file(registry.artifact("1", "gate/decision.json")),
         "metrics_sha256": sha256_of_file(registry.artifact("1", "evaluation/metrics.json")),
@@ -444,7 +451,7 @@ class Hook:
         self.told.append((recorded.entry.index, recorded.entry.after))
 
 
-def test_the_deployment_is_told_of_every_change_in_order_however_often_it_fails(registry: Registry) -> None:
+def test_the_deployment_is_told_of_the_newest_change_however_often_it_fails(registry: Registry) -> None:
     hook = Hook()
     hook.reason = "the hook does not answer"
     for version in ("1", "2"):
@@ -455,17 +462,18 @@ def test_the_deployment_is_told_of_every_change_in_order_however_often_it_fails(
     with pytest.raises(promotions.NotDeployed):
         registry.reconcile(deploy=hook)
     assert registry.actions == [("promoted", "1", "1"), ("promoted", "2", "2"), ("refused", "3", "2")]
-    assert [one.hook for one in registry.entries] == ["failing: the hook does not answer"] * 2 + [""]
-    assert [one.is_open for one in registry.entries] == [True, True, False]
+    reason = "the hook does not answer"
+    assert [one.hook for one in registry.entries] == [f"superseded by entry 2: {reason}", f"failing: {reason}", ""]
+    assert [one.is_open for one in registry.entries] == [False, True, False]
     # Somebody without a hook leaves that to the promoter.
     registry.reconcile()
-    assert [one.is_open for one in registry.entries] == [True, True, False]
+    assert [one.is_open for one in registry.entries] == [False, True, False]
 
     hook.reason = ""
-    assert len(registry.reconcile(deploy=hook)) == 2
+    assert len(registry.reconcile(deploy=hook)) == 1
     assert registry.reconcile(deploy=hook) == []
-    assert hook.told == [(1, "1"), (2, "2")]
-    assert all(one.hook.startswith("delivered 2") for one in registry.entries[:2])
+    assert hook.told == [(2, "2")]
+    assert registry.entries[1].hook.startswith("delivered 2")
     assert not any(one.is_open for one in registry.entries)
 
 
@@ -482,6 +490,209 @@ def test_an_entry_that_can_not_be_deployed_does_not_hold_up_the_next_nor_come_af
     assert hook.told == [(2, "2")]
     assert registry.entries[0].hook == "superseded by entry 2: the hook does not like it"
     assert not any(one.is_open for one in registry.entries)
+
+
+class Receiver:
+    """Who serves the model, by the contract: ignores a key that it knows, and what is older than what it applied."""
+
+    def __init__(self) -> None:
+        self.keys: set[str] = set()
+        self.index, self.serves = 0, "nothing"
+        self.fails: set[int] = set()
+        self.calls: list[int] = []
+
+    def __call__(self, recorded: ledger.Recorded) -> None:
+        self.calls.append(recorded.entry.index)
+        if recorded.entry.index in self.fails:
+            raise UserError("down")
+        if recorded.sha256 not in self.keys and recorded.entry.index >= self.index:
+            self.keys.add(recorded.sha256)
+            self.index, self.serves = recorded.entry.index, str(recorded.entry.after)
+
+
+def test_killed_while_it_deploys_after_a_failure_it_never_goes_back_to_the_older_change(
+    registry: Registry, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin() -> None:
+        restore(prepared / "pristine", registry.folder)
+        hooks.append(Receiver())
+        hooks[-1].fails = {1}
+        registry.set_alias("1")
+        with pytest.raises(promotions.NotDeployed):
+            registry.reconcile(deploy=hooks[-1])
+        registry.set_alias("2")
+
+    def check() -> None:
+        hook = hooks[-1]
+        hook.fails = set()
+        registry.reconcile(deploy=hook)
+        assert hook.serves == "2" == registry.alias
+        # Not by the receiver's care alone.
+        assert hook.calls == sorted(hook.calls)
+        assert registry.entries[1].hook.startswith("delivered")
+
+    hooks: list[Receiver] = []
+    interrupted_at_every_call(registry, monkeypatch, begin, lambda: registry.reconcile(deploy=hooks[-1]), check)
+
+
+def test_what_another_promoter_has_overtaken_is_not_deployed_any_more(registry: Registry) -> None:
+    hook = Receiver()
+    hook.fails = {1}
+    registry.set_alias("1")
+    with pytest.raises(promotions.NotDeployed):
+        registry.reconcile(deploy=hook)
+    registry.promote("2")
+    second = registry.entries[1]
+    ledger.close(registry.client, second, "delivered by another one")
+    hook.fails = set()
+    registry.reconcile(deploy=hook)
+    assert hook.calls == [1] and registry.entries[0].hook == "superseded by entry 2"
+    assert not any(one.is_open for one in registry.entries)
+
+
+def junk(registry: Registry) -> dict[str, Callable[[], object]]:
+    """What a pipeline may upload in place of what was judged."""
+    metrics = registry.artifact("2", "evaluation/metrics.json")
+
+    def in_metrics(value: str) -> Callable[[], object]:
+        def change() -> None:
+            content = json.dumps(json.loads(metrics.read_text()) | {"accuracy": "@"})
+            metrics.write_text(content.replace('"@"', value))
+
+        return change
+
+    def folder(path: Path) -> None:
+        path.unlink()
+        path.mkdir()
+        (path / "x").write_text("x")
+
+    def archive() -> None:
+        with zipfile.ZipFile(registry.model_file("2"), "w") as file:
+            file.writestr("config.json", b"\xff")
+            file.writestr("model.weights.h5", b"x")
+
+    def long(path: Path, n_bytes: int) -> None:
+        with path.open("r+b") as file:
+            file.truncate(n_bytes)
+
+    return {
+        "a huge number": in_metrics("1" + "0" * 400),
+        "no number": in_metrics("NaN"),
+        "infinite": in_metrics("1e999"),
+        "deep": in_metrics("[" * 600 + "]" * 600),
+        "deeper": in_metrics("[" * 60 + "]" * 60),
+        "half a character": in_metrics('"\\ud800"'),
+        "another type": in_metrics('{"a": [1]}'),
+        "no text": lambda: metrics.write_bytes(b"\xff"),
+        "long metrics": lambda: long(metrics, MAX_JSON_BYTES + 1),
+        "a folder of metrics": lambda: folder(metrics),
+        "a folder of a model": lambda: folder(registry.model_file("2")),
+        "a model of junk": archive,
+        "a long model": lambda: long(registry.model_file("2"), MAX_MODEL_BYTES + 1),
+    }
+
+
+def test_whatever_a_pipeline_uploads_is_put_back_and_the_deployment_goes_on(registry: Registry, prepared: Path) -> None:
+    registry.promote("1")
+    hook = Receiver()
+    for number, (what, spoil) in enumerate(junk(registry).items()):
+        spoil()
+        registry.set_alias("2", override="never mind")
+        registry.reconcile(deploy=hook)
+        assert (registry.alias, registry.actions[-1]) == ("1", ("refused", "2", "1")), what
+        assert len(registry.entries) == number + 2 and not any(one.is_open for one in registry.entries)
+        shutil.rmtree(registry.folder / "mlartifacts")
+        shutil.copytree(prepared / "pristine" / "mlartifacts", registry.folder / "mlartifacts")
+    assert hook.serves == "1"
+    registry.promote("2")
+
+
+def test_facts_on_which_the_rules_themselves_fail_are_refused(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.promote("1")
+    for error in (OverflowError, ZeroDivisionError, RecursionError, TypeError, ValueError, AttributeError, KeyError):
+
+        def fail(*_: object, error: type[Exception] = error) -> None:
+            raise error("nobody foresaw it")
+
+        registry.set_alias("2")
+        with monkeypatch.context() as patch:
+            patch.setattr(promotions, "rule", fail)
+            registry.reconcile()
+        assert registry.alias == "1" and "can't be judged" in registry.entries[-1].entry.reason
+
+
+def test_a_full_disk_of_the_promoter_refuses_nothing_and_is_told(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.set_alias("1")
+
+    def fail(*_: object) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/scratch/model.keras")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("braintumor.registry.version_facts._Folder.download", fail)
+        with pytest.raises(RegistryUnreachable, match=r"this machine can't write .*/scratch/model\.keras"):
+            registry.reconcile()
+    assert registry.alias == "1" and registry.entries == []
+    registry.reconcile()
+    assert registry.actions == [("promoted", "1", "1")]
+
+
+def test_the_champions_file_has_to_be_the_very_file_that_was_promoted(registry: Registry, tmp_path: Path) -> None:
+    registry.promote("1")
+    with zipfile.ZipFile(registry.model_file("1"), "a") as archive:
+        archive.writestr("assets/more", "what no digest of the model tells")
+    with pytest.raises(UserError, match="does not hold the file that was promoted"):
+        download_model(NAME, "champion", tmp_path)
+    assert download_model(NAME, "1", tmp_path).is_file()
+    registry.promote("2")
+    with pytest.raises(GateNotPassed, match="its model_sha256 is "):
+        registry.promote("1", override="all the same")
+
+
+def test_what_a_command_that_was_killed_asked_for_counts_for_no_later_request(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.promote("1")
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    for minutes in (0, 6):
+        with monkeypatch.context() as patch, suppress(Killed):
+            patch.setattr(type(registry.client), "set_registered_model_alias", kill)
+            registry.promote("3", "I try", "I say so")
+        assert registry.tags("3")["promotion.override"].startswith("I say so [entry ")
+        if not minutes:
+            registry.promote("2")
+        later = promotions.server_time(registry.client) + timedelta(minutes=minutes)
+        registry.set_alias("3")
+        with monkeypatch.context() as patch:
+            patch.setattr(promotions, "server_time", lambda client, later=later: later)
+            registry.reconcile()
+        assert registry.alias == "2" and registry.actions[-1] == ("refused", "3", "2")
+        assert set(registry.tags("3")) == {"promotion.outcome", "promotion.entry"}
+
+
+@pytest.mark.parametrize("failing", ["set_model_version_tag", "set_registered_model_alias"])
+def test_a_command_that_fails_leaves_no_request_behind(
+    failing: str, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.promote("1")
+    done = getattr(type(registry.client), failing)
+
+    def fail(client: Any, *given: Any) -> Any:
+        if failing.startswith("set_registered") or given[2] == "promotion.claimed_by":
+            raise MlflowException("the server is away")
+        return done(client, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(registry.client), failing, fail)
+        with pytest.raises(RegistryUnreachable):
+            registry.promote("3", "I try", "I say so")
+    assert registry.tags("3") == {} and registry.alias == "1"
 
 
 def test_of_what_was_promoted_without_a_hook_the_deployment_is_told_the_newest(registry: Registry) -> None:

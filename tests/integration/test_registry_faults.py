@@ -5,6 +5,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from registry_stack import Stack, registry_stack
 
 from braintumor import artifacts
 from braintumor.errors import RegistryUnreachable, UserError
-from braintumor.params import Params
+from braintumor.params import Params, Profile
+from braintumor.promoter import promote_once
+from braintumor.registry import ledger
 from braintumor.registry.server import connected
 from braintumor.registry.versions import download_model
 from braintumor.steps.gate import gate
@@ -305,3 +308,34 @@ def test_two_models_that_are_registered_at_once_are_two_versions(
     for number, folders in again.items():
         file = download_model(name, number, folders.root / "downloaded")
         assert file.read_bytes() == (folders.model / artifacts.MODEL).read_bytes()
+
+
+@pytest.mark.timeout(600)
+def test_a_promoted_model_is_registered_again_and_nothing_of_it_changes(
+    make_folders: Callable[..., Any], params: Profile, server: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def act_as(user: str) -> None:
+        for variable, value in server.environment_of(user).items():
+            monkeypatch.setenv(variable, value)
+
+    folders, name = judged(make_folders(), params), params.registration.model_name
+    first = run_register(folders, params)
+    act_as("reviewer")
+    with connected() as client:
+        client.set_registered_model_alias(name, "champion", first.version)
+    act_as("promoter")
+    # PostgreSQL goes away in the middle of the round; the next round finishes what is left.
+    trouble = Trouble(monkeypatch)
+    trouble.plan(r"runs/log-batch$", lambda: server.restart("postgres"))
+    with suppress(UserError):
+        promote_once(params)
+    promote_once(params)
+    assert trouble.has_come
+    with connected() as client:
+        entries = ledger.read(client, name)
+    assert [(one.entry.action, one.entry.after, one.is_open) for one in entries] == [("promoted", first.version, False)]
+    rows = f"FROM model_version_tags WHERE name = '{name}' AND version = {first.version} ORDER BY 1"
+    before = server.query(f"SELECT key, value {rows}")
+    act_as("pipeline")
+    assert run_register(folders, params) == first
+    assert server.query(f"SELECT key, value {rows}") == before

@@ -1,20 +1,25 @@
 """Who may promote, on the stack that a team runs: as the client asks, and by requests that nobody means."""
 
+import http.client
 import json
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import requests
-from registry_stack import ADMIN, NAMES, ROOT, Stack, postgres_programs, registry_stack, set_up
+from registry_stack import ADMIN, BUCKET, NAMES, ROOT, Stack, postgres_programs, registry_stack, set_up
 
 MODEL = "brain-tumor-phantoms"
 EXPERIMENT = "brain-tumor"
 ALIAS = "/api/2.0/mlflow/registered-models/alias"
 VERSION_TAG = "/api/2.0/mlflow/model-versions/set-tag"
+FILES = "/api/2.0/mlflow-artifacts/artifacts"
 TIMEOUT_S = 60
 
 
@@ -23,6 +28,7 @@ class Registry:
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
+        self._sessions: dict[str, requests.Session] = {}
 
     def call(self, user: str, method: str, path: str, body: Any = None, **options: Any) -> requests.Response:
         """The answer; `body` is sent as JSON, unless `options` say otherwise."""
@@ -33,8 +39,8 @@ class Registry:
         # As it stands: requests would tidy the path up.
         query = prepared.url.partition("?")[2] if prepared.url else ""
         prepared.url = self.stack.address + path + (f"?{query}" if query else "")
-        with requests.Session() as session:
-            return session.send(prepared, timeout=TIMEOUT_S, allow_redirects=False)
+        session = self._sessions.setdefault(user, requests.Session())
+        return session.send(prepared, timeout=TIMEOUT_S, allow_redirects=False)
 
     def done(self, user: str, method: str, path: str, body: Any = None, **options: Any) -> dict[str, Any]:
         answer = self.call(user, method, path, body, **options)
@@ -42,7 +48,10 @@ class Registry:
         return dict(answer.json())
 
     def aliases(self) -> dict[str, str]:
-        rows = self.stack.query("SELECT alias, version FROM registered_model_aliases WHERE name = '" + MODEL + "'")
+        return self.aliases_of(MODEL)
+
+    def aliases_of(self, model: str) -> dict[str, str]:
+        rows = self.stack.query(f"SELECT alias, version FROM registered_model_aliases WHERE name = '{model}'")
         return {row[0]: row[1] for row in rows}
 
     def tags(self, version: str) -> dict[str, str]:
@@ -51,16 +60,28 @@ class Registry:
             row[0]: row[1] for row in self.stack.query(f"SELECT key, value FROM model_version_tags WHERE {condition}")
         }
 
-    def state(self) -> list[list[list[str]]]:
+    def state(self) -> list[str]:
         """All that a promotion is made of."""
-        return [
-            self.stack.query(f"SELECT * FROM {table} ORDER BY 1, 2, 3")
-            for table in (
-                "registered_model_aliases", "registered_model_tags", "model_version_tags",
-                "(SELECT name, version, current_stage, status FROM model_versions) v",
-                "(SELECT name, lifecycle_stage, experiment_id FROM experiments) e", "experiment_tags",
-            )
-        ]  # fmt: skip
+        tables = (
+            "registered_model_aliases", "registered_model_tags", "model_version_tags",
+            "(SELECT name, version, current_stage, status, description FROM model_versions)",
+            "(SELECT name, lifecycle_stage, experiment_id FROM experiments)", "experiment_tags",
+            "(SELECT run_uuid, lifecycle_stage, status FROM runs)", "(SELECT run_uuid, key, value FROM tags)",
+            "(SELECT model_id, lifecycle_stage, status FROM logged_models)",
+            "(SELECT model_id, tag_key, tag_value FROM logged_model_tags)",
+        )  # fmt: skip
+        rows = (f"(SELECT json_agg(r ORDER BY 1, 2, 3) FROM {table} r)" for table in tables)
+        return self.stack.query(f"SELECT {', '.join(rows)}")[0]
+
+    def files(self, folder: str) -> dict[str, str]:
+        """Key and ETag of all that the S3 server holds in a folder of the artifacts."""
+        pages = self.stack.s3_client().get_paginator("list_objects_v2")
+        prefix = f"artifacts/{folder}/"
+        return {
+            found["Key"].removeprefix(prefix): found["ETag"]
+            for page in pages.paginate(Bucket=BUCKET, Prefix=prefix)
+            for found in page.get("Contents", [])
+        }
 
     def new_version(self, user: str = "pipeline") -> str:
         experiment = self.done(
@@ -77,22 +98,26 @@ class Registry:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with registry_stack(tmp_path_factory.mktemp("stack")) as running:
+    with registry_stack(tmp_path_factory.mktemp("stack"), workers=1) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def versions(stack: Stack) -> tuple[str, str]:
+def connected_registry(stack: Stack) -> Registry:
+    return Registry(stack)
+
+
+@pytest.fixture(scope="module")
+def versions(connected_registry: Registry) -> tuple[str, str]:
     """A version that is made the champion, and the one after it."""
-    registry = Registry(stack)
-    return registry.new_version(), registry.new_version()
+    return connected_registry.new_version(), connected_registry.new_version()
 
 
 @pytest.fixture
-def registry(stack: Stack, versions: tuple[str, str]) -> Registry:
-    it = Registry(stack)
-    assert it.promote(versions[0]).status_code == 200
-    return it
+def registry(connected_registry: Registry, versions: tuple[str, str]) -> Registry:
+    if connected_registry.aliases().get("champion") != versions[0]:
+        assert connected_registry.promote(versions[0]).status_code == 200
+    return connected_registry
 
 
 def test_the_pipeline_registers_and_sets_challenger_and_can_not_promote(
@@ -282,21 +307,23 @@ def _with_version(options: Mapping[str, Any], version: str) -> dict[str, Any]:
     return {name: put(value) for name, value in options.items()}
 
 
-@pytest.mark.parametrize(
-    "spelling",
-    [
-        "Champion", "CHAMPION", "champion ", " champion", "champion\n", "\tchampion", "champi0n", "champ1on",
-        "champion_", "champ-ion", "champion\u200b", "\uff43\uff48ampion", "\u0441hampion", "champi\u03bfn",
-        "\u0109hampion", "\U0001d41champion", "champ\u0131on", "champ\u0130on",
-    ],
-)  # fmt: skip
+SPELLINGS = [
+    "Champion", "CHAMPION", "champion ", " champion", "champion\n", "\tchampion", "champi0n", "champ1on",
+    "champion_", "champ-ion", "champion\u200b", "\uff43\uff48ampion", "\u0441hampion", "champi\u03bfn",
+    "\u0109hampion", "\U0001d41champion", "champ\u0131on", "champ\u0130on",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("user", ["pipeline", "reviewer", "promoter", ADMIN])
 def test_an_alias_that_looks_like_champion_is_refused_to_everybody(
-    registry: Registry, versions: tuple[str, str], spelling: str, user: str
+    registry: Registry, versions: tuple[str, str], user: str
 ) -> None:
     before = registry.state()
-    answer = registry.call(user, "POST", ALIAS, {"name": MODEL, "alias": spelling, "version": versions[1]})
-    assert answer.status_code == 400, answer.text
+    answers = {
+        spelling: registry.call(user, "POST", ALIAS, {"name": MODEL, "alias": spelling, "version": versions[1]})
+        for spelling in SPELLINGS
+    }
+    assert {spelling: answer.status_code for spelling, answer in answers.items()} == dict.fromkeys(SPELLINGS, 400)
     assert registry.state() == before
 
 
@@ -426,6 +453,286 @@ def test_the_champion_is_neither_deleted_nor_renamed_by_anybody(
     before = registry.state()
     assert registry.call(user, method, path, body).status_code == 403
     assert registry.state() == before
+
+
+@dataclass(frozen=True)
+class Made:
+    """A version of the model `KEPT`, with files in its run and its logged model."""
+
+    number: str
+    experiment: str
+    run: str
+    logged: str
+
+    def put(self, text: str) -> str:
+        """The text, with this version's identifiers in it."""
+        return text.format(number=self.number, experiment=self.experiment, run=self.run, logged=self.logged)
+
+
+KEPT = "kept"
+RUN_FILES = ("gate/decision.json", "evaluation/metrics.json", "card/model_card.json", "training/training.json")
+MODEL_FILE = "data/model.keras"
+
+
+def make_version(registry: Registry) -> Made:
+    experiment = registry.done(
+        "pipeline", "GET", "/api/2.0/mlflow/experiments/get-by-name", params={"experiment_name": EXPERIMENT}
+    )["experiment"]["experiment_id"]
+    digest = f"{len(registry.stack.query('SELECT 1 FROM model_versions')):064x}"
+    tags = [{"key": key, "value": value} for key, value in {"model_digest": digest, "gate": "passed"}.items()]
+    body = {"experiment_id": experiment, "tags": tags}
+    run = registry.done("pipeline", "POST", "/api/2.0/mlflow/runs/create", body)["run"]["info"]["run_id"]
+    body = {"experiment_id": experiment, "name": "classifier", "source_run_id": run, "tags": tags[:1]}
+    logged = registry.done("pipeline", "POST", "/api/2.0/mlflow/logged-models", body)["model"]["info"]["model_id"]
+    for path in (*(f"{run}/artifacts/{path}" for path in RUN_FILES), f"models/{logged}/artifacts/{MODEL_FILE}"):
+        answer = registry.call("pipeline", "PUT", f"{FILES}/{experiment}/{path}", data=b"as it was judged")
+        assert answer.status_code == 200, answer.text
+    registry.done("pipeline", "PATCH", f"/api/2.0/mlflow/logged-models/{logged}", {"model_id": logged, "status": 2})
+    body = {"name": KEPT, "source": f"models:/{logged}", "run_id": run, "model_id": logged, "tags": tags}
+    made = registry.done("pipeline", "POST", "/api/2.0/mlflow/model-versions/create", {**body, "description": "card"})
+    return Made(str(made["model_version"]["version"]), experiment, run, logged)
+
+
+def record(registry: Registry, made: Made, champion_after: str) -> None:
+    """The ledger and the version say what the promoter would say."""
+    name = f"{KEPT} promotions"
+    found = registry.call(
+        "promoter", "GET", "/api/2.0/mlflow/experiments/get-by-name", params={"experiment_name": name}
+    )
+    ledger = (
+        found.json()["experiment"]["experiment_id"]
+        if found.status_code == 200
+        else registry.done("promoter", "POST", "/api/2.0/mlflow/experiments/create", {"name": name})["experiment_id"]
+    )
+    tags = [{"key": "champion_after", "value": champion_after}]
+    registry.done("promoter", "POST", "/api/2.0/mlflow/runs/create", {"experiment_id": ledger, "tags": tags})
+    tag = {"name": KEPT, "version": made.number, "key": "promotion.entry", "value": f"1 {'0' * 64}"}
+    registry.done("promoter", "POST", VERSION_TAG, tag)
+
+
+@pytest.fixture(scope="module")
+def kept(connected_registry: Registry) -> dict[str, Made]:
+    """A version that was champion, one that is, one that was refused, and one that nobody has asked for."""
+    names = ("former", "champion", "refused", "new")
+    connected_registry.done(ADMIN, "POST", "/api/2.0/mlflow/registered-models/create", {"name": KEPT})
+    for role in connected_registry.done(ADMIN, "GET", "/api/3.0/mlflow/roles/list")["roles"]:
+        grant = {"resource_type": "registered_model", "resource_pattern": KEPT, "permission": "MANAGE"}
+        if role["name"] in NAMES:
+            body = {"role_id": role["id"], **grant}
+            connected_registry.done(ADMIN, "POST", "/api/3.0/mlflow/roles/permissions/add", body)
+    made = {name: make_version(connected_registry) for name in names}
+    record(connected_registry, made["former"], made["former"].number)
+    record(connected_registry, made["refused"], made["champion"].number)
+    body = {"name": KEPT, "alias": "champion", "version": made["champion"].number}
+    connected_registry.done("reviewer", "POST", ALIAS, body)
+    return made
+
+
+@pytest.mark.parametrize("user", ["pipeline", "reviewer", "promoter", ADMIN])
+@pytest.mark.parametrize("which", ["champion", "former"])
+def test_what_a_promotion_rests_on_is_changed_by_nobody(
+    registry: Registry, kept: dict[str, Made], which: str, user: str
+) -> None:
+    made = kept[which]
+    version = {"name": KEPT, "version": made.number}
+    api, logged = "/api/2.0/mlflow", f"/api/2.0/mlflow/logged-models/{made.logged}"
+    new = [{"key": "model_digest", "value": "f" * 64}]
+    changes: list[tuple[str, str, Any]] = [
+        *(("POST", VERSION_TAG, {**version, "key": key, "value": "x"}) for key in
+          ("model_digest", "data_md5", "splits_sha256", "gate", "metrics_sha256", "evidence_sha256", "card_sha256")),
+        ("POST", VERSION_TAG, {**version, "version": f" 0{made.number}", "key": "gate", "value": "x"}),
+        ("DELETE", f"{api}/model-versions/delete-tag", {**version, "key": "model_digest"}),
+        ("PATCH", f"{api}/model-versions/update", {**version, "description": "another card"}),
+        ("PATCH", "/ajax-api/2.0/mlflow/model-versions/update", {**version, "description": ""}),
+        ("POST", f"{api}/runs/delete", {"run_id": made.run}),
+        ("POST", f"{api}/runs/set-tag", {"run_id": made.run, "key": "gate", "value": "x"}),
+        ("POST", f"{api}/runs/set-tag", {"run_uuid": made.run, "key": "model_digest", "value": "x"}),
+        ("POST", f"{api}/runs/delete-tag", {"run_id": made.run, "key": "gate"}),
+        ("POST", f"{api}/runs/log-batch", {"run_id": made.run, "tags": new}),
+        ("POST", f"{api}/experiments/delete", {"experiment_id": made.experiment}),
+        ("DELETE", logged, None),
+        ("PATCH", logged, {"model_id": made.logged, "status": 3}),
+        ("PATCH", logged.replace(made.logged, kept["new"].logged), {"model_id": made.logged, "status": 3}),
+        ("PATCH", f"{logged}/tags", {"tags": new}),
+        ("DELETE", f"{logged}/tags/model_digest", None),
+    ]  # fmt: skip
+    may = {
+        "promoter": {("POST", VERSION_TAG), ("PATCH", f"{api}/model-versions/update"),
+                     ("DELETE", f"{api}/model-versions/delete-tag"),
+                     ("PATCH", "/ajax-api/2.0/mlflow/model-versions/update")},
+        "reviewer": {("PATCH", f"{api}/model-versions/update"),
+                     ("PATCH", "/ajax-api/2.0/mlflow/model-versions/update")},
+    }.get(user, set())  # fmt: skip
+    before = registry.state()
+    refused = [change for change in changes if change[:2] not in may]
+    told = [(change, registry.call(user, *change).status_code) for change in refused]
+    assert [one for one in told if one[1] != 403] == []
+    assert registry.state() == before
+
+
+@pytest.mark.parametrize("user", ["pipeline", "promoter", ADMIN])
+@pytest.mark.parametrize("which", ["champion", "former"])
+def test_the_files_that_a_promotion_rests_on_are_changed_by_nobody(
+    registry: Registry, kept: dict[str, Made], which: str, user: str
+) -> None:
+    made = kept[which]
+    before = registry.files(made.experiment)
+    ways = [
+        "{experiment}/models/{logged}/artifacts/data/model.keras",
+        "{experiment}/models/{logged}/artifacts/data/another.keras",
+        "{experiment}/models/{logged}/artifacts/MLmodel",
+        "{experiment}//models//{logged}/artifacts/data/model.keras",
+        "{experiment}/models/{logged}/./artifacts/data//model.keras",
+        "{experiment}%2Fmodels%2F{logged}%2Fartifacts%2Fdata%2Fmodel.keras",
+        "{experiment}%252Fmodels%252F{logged}%252Fartifacts/data/model.keras",
+        "{experiment}/x/../models/{logged}/artifacts/data/model.keras",
+        "{experiment}/x/%2e%2e/models/{logged}/artifacts/data/model.keras",
+        "{experiment}/x/%252e%252e/models/{logged}/artifacts/data/model.keras",
+        "/{experiment}/models/{logged}/artifacts/data/model.keras",
+        "%2F{experiment}/models/{logged}/artifacts/data/model.keras",
+        "{experiment}/models/{logged}/artifacts/data/model.keras?x=1",
+        "{experiment}/models/{logged}/artifacts/data/model.keras%3Fx",
+        "{experiment}/{run}/artifacts/gate/decision.json",
+        "{experiment}/{run}/artifacts/evaluation/metrics.json",
+        "{experiment}/{run}/artifacts/evaluation/new.html",
+        "{experiment}/{run}/artifacts/card/model_card.json",
+        "{experiment}/{run}/artifacts/training/training.json",
+        "{experiment}/{run}/artifacts/%67ate/decision.json",
+        "{experiment}/{run}/artifacts//gate/decision.json",
+        "{experiment}/{run}/artifacts/./gate/decision.json",
+        "{experiment}/{run}/artifacts/data/../gate/decision.json",
+        "{experiment}/{run}/./artifacts/gate/decision.json",
+    ]
+    folders = [
+        "{experiment}/models/{logged}/artifacts/data", "{experiment}/models/{logged}", "{experiment}/models",
+        "{experiment}/models/", "{experiment}", "{experiment}/{run}", "{experiment}/{run}/artifacts",
+        "{experiment}/{run}/artifacts/gate", "{experiment}/{run}/artifacts/gate/", "{experiment}/{run}/artifacts/",
+        "{experiment}/.", "./{experiment}", "models", ".", "%20",
+    ]  # fmt: skip
+    told = [
+        (method, address, way, _sent(registry, user, method, f"{address}/{made.put(way)}", b"forged"))
+        for method, places in (("PUT", ways), ("DELETE", ways + folders))
+        for address in (FILES, FILES.replace("/api", "/ajax-api"))
+        for way in places
+    ]
+    assert [one for one in told if not 300 <= one[-1] < 500] == []
+    assert registry.files(made.experiment) == before
+
+
+def _sent(registry: Registry, user: str, method: str, path: str, body: bytes) -> int:
+    """The answer to a request whose path stands on the wire as it is given here."""
+    address = urlsplit(registry.stack.address)
+    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=TIMEOUT_S)
+    login = b64encode(f"{user}:{registry.stack.passwords[user]}".encode()).decode()
+    try:
+        connection.request(method, path, body, {"Authorization": f"Basic {login}"})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("user", ["pipeline", ADMIN])
+def test_no_other_way_of_uploading_reaches_what_a_promotion_rests_on(
+    registry: Registry, kept: dict[str, Made], user: str
+) -> None:
+    made = kept["champion"]
+    before = registry.files(made.experiment)
+    model, run = (made.put(f"{{experiment}}/{place}/artifacts") for place in ("models/{logged}", "{run}"))
+    parts = {"upload_id": "x", "parts": [{"part_number": 1, "etag": "x"}]}
+    ways: list[tuple[str, str, dict[str, Any]]] = [
+        *(("POST", f"{api}/2.0/mlflow-artifacts/mpu/{step}/{folder}", {"json": {"path": name, "num_parts": 1, **parts}})
+          for api in ("/api", "/ajax-api") for step in ("create", "complete", "abort")
+          for folder, name in ((f"{model}/data", "model.keras"), (f"{run}/gate", "decision.json"),
+                               (f"{run}/gate", "x/decision.json"), (f"{model}//data", "../data/model.keras"))),
+        *(("POST", "/ajax-api/2.0/mlflow/upload-artifact",
+           {"params": {"run_uuid": made.run, "path": path}, "data": b"x"})
+          for path in ("gate/decision.json", "%67ate/decision.json", "./gate/decision.json", "evaluation//metrics.json",
+                       "gate%252Fdecision.json", "data/../gate/decision.json")),
+        *(("POST", f"{api}/2.0/mlflow/artifacts/presigned-upload-url", {"json": body})
+          for api in ("/api", "/ajax-api")
+          for body in ({"run_id": made.run, "path": "gate/decision.json"},
+                       {"model_id": made.logged, "path": MODEL_FILE})),
+        *(("POST", "/api/2.0/mlflow/experiments/create",
+           {"json": {"name": f"elsewhere {location}", "artifact_location": location}})
+          for location in (f"mlflow-artifacts:/{model}", f"s3://{BUCKET}/artifacts/{model}", "file:///tmp/x")),
+    ]  # fmt: skip
+    told = [(way, registry.call(user, way[0], way[1], **way[2])) for way in ways]
+    assert [(way, answer.text) for way, answer in told if not 400 <= answer.status_code < 500] == []
+    assert registry.files(made.experiment) == before
+
+
+def test_an_upload_that_was_begun_before_the_promotion_is_not_taken_after_it(
+    registry: Registry, kept: dict[str, Made]
+) -> None:
+    made = make_version(registry)
+    stack, address = registry.stack, urlsplit(registry.stack.address)
+    login = b64encode(f"pipeline:{stack.passwords['pipeline']}".encode()).decode()
+    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=TIMEOUT_S)
+    connection.putrequest("PUT", f"{FILES}/{made.put('{experiment}/{run}/artifacts/gate/decision.json')}")
+    connection.putheader("Authorization", f"Basic {login}")
+    connection.putheader("Content-Length", "6")
+    connection.endheaders(b"for")
+    before = registry.files(made.experiment)
+    others = registry.aliases_of(KEPT)
+    registry.done("reviewer", "POST", ALIAS, {"name": KEPT, "alias": "champion", "version": made.number})
+    try:
+        connection.send(b"ged")
+        assert connection.getresponse().status == 403
+        assert registry.files(made.experiment) == before
+    finally:
+        connection.close()
+        if "champion" in others:
+            body = {"name": KEPT, "alias": "champion", "version": others["champion"]}
+            registry.done("reviewer", "POST", ALIAS, body)
+
+
+def test_what_no_promotion_rests_on_is_the_pipelines_to_write(registry: Registry, kept: dict[str, Made]) -> None:
+    """Data Docs of the champion, the judgement on a version that was refused, tags that say the same again."""
+    champion, new = kept["champion"], kept["new"]
+    for made in kept.values():
+        docs = f"{FILES}/{made.put('{experiment}/{run}/artifacts/data/data_docs/index.html')}"
+        assert registry.call("pipeline", "PUT", docs, data=b"docs").status_code == 200
+        assert registry.call("pipeline", "PUT", docs, data=b"other docs").status_code == 200
+        folder = f"{FILES}/{made.put('{experiment}/{run}/artifacts/data')}"
+        assert registry.call("pipeline", "DELETE", folder).status_code == 200
+    same = {"name": KEPT, "version": champion.number}
+    registry.done("pipeline", "POST", VERSION_TAG, {**same, "key": "gate", "value": "passed"})
+    registry.done("pipeline", "POST", VERSION_TAG, {**same, "key": "note", "value": "seen"})
+    registry.done("pipeline", "PATCH", "/api/2.0/mlflow/model-versions/update", {**same, "description": "card"})
+    tag = {"run_id": champion.run, "key": "gate", "value": "passed"}
+    registry.done("pipeline", "POST", "/api/2.0/mlflow/runs/set-tag", tag)
+    for made in (kept["refused"], new):
+        version = {"name": KEPT, "version": made.number}
+        for path in RUN_FILES:
+            address = f"{FILES}/{made.put('{experiment}/{run}/artifacts')}/{path}"
+            assert registry.call("pipeline", "PUT", address, data=b"judged anew").status_code == 200
+        folder = f"{FILES}/{made.put('{experiment}/{run}/artifacts/evaluation')}"
+        assert registry.call("pipeline", "DELETE", folder).status_code == 200
+        registry.done("pipeline", "POST", VERSION_TAG, {**version, "key": "evidence_sha256", "value": "0" * 64})
+        registry.done("pipeline", "PATCH", "/api/2.0/mlflow/model-versions/update", {**version, "description": "new"})
+        # The model itself is what the version is.
+        model = f"{FILES}/{made.put('{experiment}/models/{logged}/artifacts/data/model.keras')}"
+        assert registry.call("pipeline", "PUT", model, data=b"forged").status_code == 403
+        assert registry.call("pipeline", "DELETE", model).status_code == 403
+    run = registry.done("pipeline", "POST", "/api/2.0/mlflow/runs/create", {"experiment_id": champion.experiment})
+    run_id = run["run"]["info"]["run_id"]
+    registry.done("pipeline", "POST", "/api/2.0/mlflow/runs/delete", {"run_id": run_id})
+
+
+def test_a_reviewer_may_amend_the_card_of_what_was_promoted(registry: Registry, kept: dict[str, Made]) -> None:
+    body = {"name": KEPT, "version": kept["champion"].number}
+    for description in ("card, and a remark", "card"):
+        change = {**body, "description": description}
+        registry.done("reviewer", "PATCH", "/api/2.0/mlflow/model-versions/update", change)
+
+
+def test_who_has_no_account_uploads_nothing(registry: Registry, kept: dict[str, Made]) -> None:
+    path = f"{FILES}/{kept['champion'].put('{experiment}/models/{logged}/artifacts/data/model.keras')}"
+    before = registry.files(kept["champion"].experiment)
+    for method in ("PUT", "DELETE"):
+        answer = requests.request(method, registry.stack.address + path, data=b"x", timeout=TIMEOUT_S)
+        assert answer.status_code == 401
+    assert registry.files(kept["champion"].experiment) == before
 
 
 def test_the_ledger_is_the_promoters_alone(registry: Registry) -> None:

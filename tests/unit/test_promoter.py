@@ -235,3 +235,4 @@ def test_secrets_and_logins_are_taken_out_of_a_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("BRAINTUMOR_DEPLOY_HOOK", "https://hooks/in-the-path")
     told = without_secrets("https://hooks/in-the-path and s3://key:secret@bucket/a and mail@example.org")
     assert told == "*** and s3://***@bucket/a and mail@example.org"
+    assert without_secrets("to https://ann:p@ss:w@rd@host/a") == "to https://***@host/a"

@@ -15,6 +15,7 @@ from braintumor.registry.version_facts import VersionFacts
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 MODEL, DATA, SPLITS = "a" * 64, "b" * 32, "c" * 64
+MODEL_FILE = "9" * 64
 DECISION_FILE, METRICS_FILE, EVIDENCE_FILE = "d" * 64, "e" * 64, "f" * 64
 SHARED = {"model_digest": MODEL, "data_md5": DATA, "splits_sha256": SPLITS}
 
@@ -45,7 +46,12 @@ def make_facts(verdict: str = "better", against: str | None = "4", **changes: An
             for name in CLASS_NAMES
         },
     }
-    comparison = {"verdict": verdict, "champion": against, "reason": "so the intervals say"}
+    comparison = {
+        "verdict": verdict,
+        "champion": against,
+        "reason": "so the intervals say",
+        "figures": {"accuracy": {"interval": [0.01, 0.05]}},
+    }
     judged = {**SHARED, "metrics_sha256": METRICS_FILE, "evidence_sha256": EVIDENCE_FILE}
     facts = VersionFacts(
         name="tumours",
@@ -62,6 +68,7 @@ def make_facts(verdict: str = "better", against: str | None = "4", **changes: An
         metrics_sha256=METRICS_FILE,
         evidence_sha256=EVIDENCE_FILE,
         model_digest=MODEL,
+        model_sha256=MODEL_FILE,
     )
     return replace(facts, **changes)
 
@@ -222,6 +229,16 @@ def test_a_former_champion_has_to_be_the_model_that_it_was(params: Profile) -> N
     assert ruling.refusals == (
         "its model_digest is aaaaaaaaaaaa..., and when it was champion (entry 2) it was 666666666666...",
     )
+
+
+def test_a_former_champion_has_to_be_the_file_that_it_was_where_its_entry_tells(params: Profile) -> None:
+    ruling = judge(make_facts(), params, was=promoted(model_sha256="6" * 64))
+    assert ruling.refusals == (
+        "its model_sha256 is 999999999999..., and when it was champion (entry 2) it was 666666666666...",
+    )
+    before = promoted()
+    del before.entry.digests["model_sha256"]
+    assert judge(make_facts(), params, was=before) == Ruling((), ())
 
 
 def test_a_former_champion_still_needs_a_gate_that_it_passes(params: Profile) -> None:

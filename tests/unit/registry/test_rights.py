@@ -11,6 +11,7 @@ from braintumor.registry.rights import (
     ROLES,
     ServerRights,
     alias_problem,
+    is_judged_file,
     is_ledger_name,
     may_write_tag,
     server_rights,
@@ -20,13 +21,12 @@ from braintumor.registry.rights import (
 # What MLflow's registry can be asked for, and what of it can neither promote nor touch what a promotion is made of.
 HARMLESS = {
     "getRegisteredModel", "searchRegisteredModels", "getLatestVersions", "getModelVersion", "searchModelVersions",
-    "getModelVersionDownloadUri", "getModelVersionByAlias", "updateRegisteredModel", "updateModelVersion",
-    "transitionModelVersionStage",
+    "getModelVersionDownloadUri", "getModelVersionByAlias", "updateRegisteredModel", "transitionModelVersionStage",
 }  # fmt: skip
 JUDGED = {
     "createRegisteredModel", "renameRegisteredModel", "deleteRegisteredModel", "createModelVersion",
-    "deleteModelVersion", "setRegisteredModelTag", "setModelVersionTag", "deleteRegisteredModelTag",
-    "deleteModelVersionTag", "setRegisteredModelAlias", "deleteRegisteredModelAlias",
+    "updateModelVersion", "deleteModelVersion", "setRegisteredModelTag", "setModelVersionTag",
+    "deleteRegisteredModelTag", "deleteModelVersionTag", "setRegisteredModelAlias", "deleteRegisteredModelAlias",
 }  # fmt: skip
 
 
@@ -75,6 +75,25 @@ def test_the_ledger_is_known_by_the_names_that_it_has() -> None:
     assert not is_ledger_name("brain-tumor")
     assert not is_ledger_name("promotions of last year")
     assert LEDGER_OF.startswith(LEDGER_TAG) and ROOT.startswith(LEDGER_TAG)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_judged"),
+    [
+        ("artifacts/gate/decision.json", True),
+        ("artifacts/evaluation", True),
+        ("artifacts/evaluation/report.html", True),
+        ("artifacts/card/model_card.json", True),
+        ("artifacts/training/training.json", True),
+        ("artifacts/data/data_docs/index.html", False),
+        ("artifacts/notes.txt", False),
+        ("artifacts", True),
+        ("", True),
+        ("other/data/x", True),
+    ],
+)
+def test_a_promotion_rests_on_what_the_steps_have_judged(path: str, is_judged: bool) -> None:
+    assert is_judged_file(path.split("/") if path else []) is is_judged
 
 
 def test_a_signature_names_its_user_and_is_never_the_same() -> None:
@@ -137,6 +156,49 @@ def test_another_major_version_of_mlflow_is_refused(monkeypatch: pytest.MonkeyPa
     rights_guard.refuse_unknown_mlflow(app)
     monkeypatch.setattr(rights_guard, "VERSION", "4.0.0")
     with pytest.raises(MlflowException, match=r"made for MLflow 3, and this is 4\.0\.0"):
+        rights_guard.refuse_unknown_mlflow(app)
+
+
+def test_mlflow_takes_uploads_by_the_routes_that_are_known_and_no_others() -> None:
+    from fastapi import FastAPI
+    from mlflow.exceptions import MlflowException
+    from mlflow.server.fastapi_app import create_fastapi_app
+
+    from braintumor.registry.rights_guard import watch_uploads
+
+    async def store(artifact: str) -> None:
+        raise AssertionError(artifact)
+
+    known = create_fastapi_app(Flask("empty"))
+    n_before = len(known.user_middleware)
+    watch_uploads(known)
+    assert len(known.user_middleware) == n_before + 1
+    # A middleware that comes too late would never be asked.
+    known.middleware_stack = known.build_middleware_stack()
+    more = create_fastapi_app(Flask("empty"))
+    more.post("/api/4.0/artifacts/{artifact:path}")(store)
+    for app in (known, more, FastAPI()):
+        with pytest.raises(MlflowException, match="takes uploads otherwise"):
+            watch_uploads(app)
+
+
+def test_mlflow_writes_artifacts_by_the_endpoints_that_are_known_and_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlflow.exceptions import MlflowException
+
+    from braintumor.registry import rights_guard
+
+    monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    app = Flask("another")
+    from mlflow.server import app as mlflow_app
+
+    app.view_functions = dict(mlflow_app.view_functions)
+    for rule in mlflow_app.url_map.iter_rules():
+        app.url_map.add(rule.empty())
+    rights_guard.refuse_unknown_mlflow(app)
+    app.add_url_rule("/api/4.0/artifacts", "store", lambda: "", methods=["PUT"])
+    with pytest.raises(MlflowException, match="writes artifacts by"):
         rights_guard.refuse_unknown_mlflow(app)
 
 

@@ -7,18 +7,22 @@ from typing import Any
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS
 
 from braintumor import artifacts
 from braintumor.data.profile import Accepted, load_profile
 from braintumor.errors import RegistryUnreachable, UserError
 from braintumor.model.saved import model_digest
 from braintumor.params import Params
-from braintumor.registry import tracking
+from braintumor.registry import tracking, version_facts, versions
 from braintumor.registry.server import connected
+from braintumor.registry.version_facts import UnfitVersion
 from braintumor.registry.versions import (
     champion,
     download_model,
     generated_example,
+    is_place_of_the_server,
     last_accepted,
     register_version,
 )
@@ -207,6 +211,57 @@ def test_a_model_that_was_changed_in_the_store_is_refused(
     with pytest.raises(UserError, match="register the model again"):
         download_model(NAME, "challenger", tmp_path / "downloaded")
     assert not list((tmp_path / "downloaded").iterdir())
+
+
+def test_a_model_that_somebody_else_registers_meanwhile_is_the_same_version(
+    register_model: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = MlflowClient.create_model_version
+
+    def refuse_twin(client: MlflowClient, **given: Any) -> Any:
+        make(client, **given)
+        raise MlflowException("there is one", error_code=RESOURCE_ALREADY_EXISTS)
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", refuse_twin)
+    found = register_model()
+    assert (found.number, found.alias, found.is_new) == ("1", "challenger", False)
+
+
+@pytest.mark.parametrize(
+    ("uri", "is_its"),
+    [
+        ("mlflow-artifacts:/1/abc/artifacts", True),
+        ("mlflow-artifacts:/1/my%20run/artifacts", True),
+        ("mlflow-artifacts://elsewhere/1/abc", False),
+        ("mlflow-artifacts:/0/../../x", False),
+        ("mlflow-artifacts:/0/%2e%2e/x", False),
+        ("mlflow-artifacts:/0/%252e%252e/x", False),
+        ("file:///etc", False),
+        ("s3://bucket/x", False),
+        ("gs://bucket/x", False),
+        ("/etc", False),
+        ("", False),
+    ],
+)
+def test_where_a_server_keeps_artifacts_no_other_place_is_read(
+    uri: str, is_its: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.org")
+    assert is_place_of_the_server(uri) is is_its
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    assert is_place_of_the_server(uri)
+
+
+def test_a_model_at_another_place_than_the_servers_is_not_fetched(
+    register_model: Register, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    register_model()
+    monkeypatch.setattr(versions, "is_place_of_the_server", lambda uri: False)
+    with pytest.raises(UserError, match="lie elsewhere"):
+        download_model(NAME, "1", tmp_path / "downloaded")
+    monkeypatch.setattr(version_facts, "is_place_of_the_server", lambda uri: False)
+    with connected() as client, pytest.raises(UnfitVersion, match="lie elsewhere"):
+        version_facts.read_facts(client, NAME, "1", tmp_path)
 
 
 def test_a_server_that_is_away_is_reported(no_server: str, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from braintumor.evidence.comparison import not_comparable
 from braintumor.evidence.metrics import compute_test_metrics
 from braintumor.evidence.predictions import read_predictions
 from braintumor.evidence.verdicts import SAME_MODEL
-from braintumor.params import Params
+from braintumor.params import Bound, Params
+from braintumor.registry.promotions import promote
 from braintumor.registry.server import connected
 from braintumor.steps.gate import gate
 from braintumor.steps.register import Registration, register
@@ -98,6 +99,29 @@ def test_the_card_for_programs_stands_in_the_run(passed: Any, params: Params) ->
     card = published(registration.run_id, artifacts.MODEL_CARD)
     assert card["model_details"]["version"]["name"] == registration.model_digest
     assert card["model_details"]["name"] == NAME
+
+
+def test_what_a_promotion_rested_on_stays_whatever_is_registered_after_it(
+    passed: Any, make_folders: MakeFolders, params: Params
+) -> None:
+    first = run_register(passed, params)
+    promote(NAME, first.version, "first", "", params)  # type: ignore[arg-type]
+
+    def shown() -> tuple[Any, ...]:
+        with connected() as client:
+            version = client.get_model_version(NAME, first.version)
+        return version.description, version.tags, published(first.run_id, "gate/decision.json")
+
+    before = shown()
+    other = make_folders("other", seed=2)
+    run_gate(other, params)
+    assert run_register(other, params).version == "2"
+    # By now another model was judged on these test images, and the gate has another bound: a new page would say so.
+    stricter = params.gate.model_copy(update={"min_accuracy": Bound(value=0.5, required=True)})
+    changed = params.model_copy(update={"gate": stricter})
+    run_gate(passed, changed)
+    assert run_register(passed, changed).version == first.version
+    assert shown() == before
 
 
 def test_the_page_that_a_promotion_rested_on_stays_when_the_champion_is_judged_again(
