@@ -197,7 +197,7 @@ def close(client: "MlflowClient", recorded: Recorded, hook: str | None) -> None:
 
 def set_hook(client: "MlflowClient", recorded: Recorded, text: str) -> None:
     """The entry tells how its deployment went."""
-    client.set_tag(recorded.run_id, HOOK, _cut(text, MAX_TAG_LENGTH), synchronous=True)
+    _set_tags(client, recorded, {HOOK: _cut(text, MAX_TAG_LENGTH)})
 
 
 def mend(client: "MlflowClient", model_name: str) -> None:
@@ -545,10 +545,20 @@ def _unrecorded_name(index: int) -> str:
 
 def _show(client: "MlflowClient", model_name: str, recorded: Recorded) -> None:
     """The run tells a reader what it is; until the entry is recorded it must not look like one."""
+    _set_tags(client, recorded, _display(recorded, model_name))
+
+
+def _set_tags(client: "MlflowClient", recorded: Recorded, tags: Mapping[str, str]) -> None:
     from mlflow.entities import RunTag
 
-    tags = [RunTag(name, value) for name, value in _display(recorded, model_name).items()]
-    client.log_batch(recorded.run_id, tags=tags, synchronous=True)
+    for is_last in (False, False, True):
+        try:
+            client.log_batch(recorded.run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
+            return
+        except Exception as error:
+            # Of two who set a tag for the first time at once MLflow fails one; the next time it is there.
+            if is_last or error_code(error) != "BAD_REQUEST":
+                raise
 
 
 def _display(recorded: Recorded, model_name: str) -> dict[str, str]:

@@ -152,7 +152,8 @@ def test_a_model_that_is_worse_than_the_champion_passes_only_where_that_is_not_r
     required = params.gate.model_copy(update={"not_worse_than_champion": Rule(required=True)})
     decision = run(folders, params.model_copy(update={"gate": required}))
     assert decision["passed"] is False and failed(decision) == {"not_worse_than_champion"}
-    compare(folders, {"verdict": "better", "reason": "it knows more", "champion": "3"})
+    figures = {"accuracy": {"interval": [0.01, 0.03]}}
+    compare(folders, {"verdict": "better", "reason": "it knows more", "champion": "3", "figures": figures})
     assert failed(run(folders, params)) == set()
 
 
