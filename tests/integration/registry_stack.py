@@ -83,12 +83,6 @@ class Stack:
         return f"http://127.0.0.1:{self._ports['mlflow']}"
 
     @property
-    def database(self) -> str:
-        """The address of MLflow's database, with its password."""
-        # SQLAlchemy takes 'postgresql://' alone for psycopg 3.
-        return self.database_address("mlflow", "postgresql+psycopg2")
-
-    @property
     def s3_address(self) -> str:
         """AWS_ENDPOINT_URL."""
         return f"http://127.0.0.1:{self._ports['weed3']}"

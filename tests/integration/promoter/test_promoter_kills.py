@@ -4,11 +4,8 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-import pytest
 from promoter_processes import (
     POLL_S,
     ROUND_S,
@@ -16,15 +13,8 @@ from promoter_processes import (
     Promoters,
     Proxy,
     Registry,
-    cleared_registry,
-    mlflow_server,
-    promoters_of,
-    proxy_to,
-    serving_hook,
     wait_for,
 )
-
-from braintumor.params import Params
 
 Change = tuple[Callable[[Registry], None], tuple[str, str]]
 CHANGES: list[Change] = [
@@ -32,38 +22,6 @@ CHANGES: list[Change] = [
     # Its evaluation knows no champion.
     (lambda registry: registry.promote("2"), ("refused", "2")),
 ]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int], list[int]]) -> Iterator[str]:
-    with mlflow_server(tmp_path_factory.mktemp("server"), free_ports(1)[0]) as address:
-        yield address
-
-
-@pytest.fixture
-def proxy(server: str) -> Iterator[Proxy]:
-    with proxy_to(server) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def hook() -> Iterator[Hook]:
-    with serving_hook() as hook:
-        yield hook
-
-
-@pytest.fixture
-def registry(
-    server: str, no_store: Path, make_folders: Callable[..., Any], params: Params, monkeypatch: pytest.MonkeyPatch
-) -> Registry:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-    return cleared_registry(server, no_store.parent, make_folders, params)
-
-
-@pytest.fixture
-def promoters(registry: Registry, server: str, hook: Hook, tmp_path: Path) -> Iterator[Promoters]:
-    with promoters_of(registry, server, hook, tmp_path / "promoters.log") as promoters:
-        yield promoters
 
 
 def test_killed_after_any_of_its_writes_another_promoter_finishes_the_work(
