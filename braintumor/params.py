@@ -87,6 +87,7 @@ class TrainParams(Section):
     weights: Annotated[str, Field(min_length=1, description="'imagenet', 'none', a file or an s3:// address")]
     batch_size: Positive
     head_epochs: Annotated[int, Field(ge=0)]
+    head_views: Annotated[int, Field(ge=1, le=64, description="of each image: itself, and augmented ones")]
     head_learning_rate: Annotated[float, Field(gt=0)]
     epochs: Annotated[int, Field(ge=0)]
     optimizer: Literal["adamw", "adam", "sgd"]
@@ -107,6 +108,8 @@ class TrainParams(Section):
     batch_norm_momentum: Annotated[float, Field(gt=0, lt=1, description="used where BatchNorm trains")]
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"]
     xla: bool
+    images_in_memory: Annotated[int, Field(ge=1, description="more are decoded to disk, and shuffled in parts")]
+    distribution: Literal["one_device", "mirrored", "multi_worker"]
     augmentation: Augmentation
 
     @model_validator(mode="after")
@@ -226,6 +229,8 @@ class ClusterParams(Section):
     shared_memory: Annotated[str, Field(pattern=r"^[0-9]+[KMGT]i?$", description="/dev/shm of train and evaluate")]
     steps: Resources
     train: Resources
+    training_nodes: Annotated[int, Field(ge=1, description="more than one: a TrainJob")]
+    validation_shards: Annotated[int, Field(ge=1, le=1000, description="tasks that read and compare the images")]
     evaluate: Resources
     gpu: GpuParams | None
 
@@ -262,6 +267,12 @@ class Profile(Params):
 
     promote: PromoteParams
     cluster: ClusterParams
+
+    @model_validator(mode="after")
+    def _has_nodes_that_train_together(self) -> "Profile":
+        if self.cluster.training_nodes > 1 and self.train.distribution != "multi_worker":
+            raise ValueError("cluster.training_nodes above 1 need train.distribution 'multi_worker'")
+        return self
 
 
 def _sections_of(kind: type[Params]) -> tuple[str, ...]:
