@@ -8,8 +8,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help demo data ui test lint security image image-server image-check lock pretrain-sample sample bench-copies bench-ablation \
-        bench-ood bench-explanations bench-evaluation bench-materialise clean
+.PHONY: help demo data ui test soak lint security image image-server image-check lock pretrain-sample sample bench \
+        bench-pipeline bench-profile bench-copies bench-ablation bench-ood bench-explanations bench-evaluation \
+        bench-materialise clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -32,6 +33,9 @@ ui: $(VENV)/run  ## open the registry of this folder at http://127.0.0.1:5000
 
 test: $(VENV)/dev $(VENV)/security/installed data lint  ## lint, types, import contracts and all tests
 	pytest -n 2 --dist loadfile --no-loadscope-reorder  # long files first, as they are named
+
+soak: $(VENV)/dev data  ## kill the training 20 times, and train with two and four workers, in full; an hour on two cores
+	BRAINTUMOR_SOAK=1 pytest -p no:xdist tests/integration/test_resume.py tests/integration/test_workers.py
 
 lint: $(VENV)/dev  ## formatting, lint, types and import contracts
 	ruff format --check .
@@ -71,6 +75,16 @@ sample: $(VENV)/dev  ## draw the sample images anew, into build/sample
 
 pretrain-sample: $(VENV)/dev  ## pre-train the sample's backbone anew; more than an hour on two cores
 	braintumor model pretrain-sample build/pretrain/densenet201-phantoms.weights.h5
+
+# Ours beside plain Keras, and PyTorch where BENCH names a Python that has it: make bench BENCH='--torch-python FILE'
+bench: $(VENV)/run data  ## ours beside plain Keras: ratios with spread, table and plots in build/bench; 25 minutes on two cores
+	python bench/run.py $(BENCH)
+
+bench-pipeline: $(VENV)/run data  ## the pipeline without its training, by the model in build/: seconds and memory a step
+	python bench/pipeline.py --dataset $(DATASET)
+
+bench-profile: $(VENV)/run data  ## where the time of a training step goes, operation by operation; after make bench
+	python bench/profile_step.py
 
 DATASET ?= data
 bench-copies: $(VENV)/run data  ## how many copies of DATASET the search finds, the pairs that decide, and its speed

@@ -207,10 +207,11 @@ def run(dataset: Path, parts: Parts, train: TrainParams) -> tuple[dict[str, Any]
     )
     started, cpu_started = time.monotonic(), time.process_time()
     history = training.History(on_epoch=lambda epoch: None)
+    engine = training.make_engine(classifier, train, len(images.labels))
     if classifier.is_pretrained and train.head_epochs:
-        training.fit_head(classifier, images, val, train, history, lambda: None)
+        training.fit_head(engine, classifier, images, val, train, history, lambda: None)
     if train.epochs:
-        training.fine_tune(classifier, images, val, train, history, lambda: None)
+        training.fine_tune(engine, images, val, train, history, lambda: None)
     seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
     assert history.best is not None
 

@@ -147,6 +147,9 @@ def train(
     params = load_params(params_file)
     with shown() as progress:
         summary = train(dataset, splits, output, params, progress)
+    if summary is None:
+        print("train: done; the first worker has the model")
+        return
     print(
         f"train: {summary.epochs_run} epochs in {summary.seconds:.0f} s, kept epoch {summary.best_epoch} "
         f"(val accuracy {summary.best_val_accuracy:.1%}), temperature {summary.temperature:.2f}"

@@ -1,31 +1,52 @@
 """The graph: resolve -> (anything new) -> validate -> split -> train -> evaluate -> gate -> (passed) -> register."""
 
+from collections.abc import Callable
+
 from kfp import dsl, kubernetes
 from kfp.dsl.graph_component import GraphComponent
+from kfp.dsl.pipeline_channel import PipelineChannel
 from kfp.dsl.pipeline_task import PipelineTask
 
 from braintumor.params import ClusterParams, Profile
 from components.evaluate import evaluate
 from components.gate import gate
+from components.gather import gather
+from components.match import match
 from components.register import register
 from components.report import report
 from components.resolve import resolve
+from components.scan import scan
 from components.split import split
 from components.train import train
+from components.train_on_nodes import train as train_on_nodes
+from components.training_job import nodes_request
 from components.validate import validate
+from components.validate_shards import validate as validate_shards
 
 NAME = "brain-tumor-retraining"
 DESCRIPTION = "From a version of the images to a gated version of the classifier. Research, not a diagnostic device."
 
 # Steps without effects: their results may be used again. What owns an MLflow run or registers must run.
-PURE = frozenset({"validate", "split"})
+PURE = frozenset({"scan", "gather", "match", "validate", "split"})
 # Never validate: a critical finding is the same at the second try. Its downloads are tried again within the step.
 # Nor report, which would tell its message again.
-RETRIES = {"resolve": 3, "split": 2, "train": 2, "evaluate": 2, "gate": 3, "register": 3}
+RETRIES = {
+    "resolve": 3,
+    "scan": 2,
+    "gather": 2,
+    "match": 2,
+    "split": 2,
+    "train": 2,
+    "evaluate": 2,
+    "gate": 3,
+    "register": 3,
+}
 PAUSE_S, PAUSE_FACTOR = 60, 2
-READS_IMAGES = frozenset({"resolve", "validate", "split", "train", "evaluate"})
+READS_IMAGES = frozenset({"resolve", "scan", "validate", "split", "train", "evaluate"})
 ON_GPU = frozenset({"train", "evaluate"})
 CACHE = "/cache"
+
+Place = Callable[[PipelineTask, str], PipelineTask]
 
 MLFLOW_ADDRESSES = ("MLFLOW_TRACKING_URI",)
 DATA_ADDRESSES = ("BRAINTUMOR_DATA_REMOTE", "BRAINTUMOR_CHECKPOINTS", "BRAINTUMOR_CACHE")
@@ -57,16 +78,13 @@ def retraining_pipeline(profile: Profile, image: str) -> GraphComponent:
             resolved = placed(resolve(dataset=dataset, params=params, image=image, force=force), "resolve")
             context, data, run_id = (resolved.outputs[name] for name in ("context", "data", "run_id"))
             with dsl.If(resolved.outputs["Output"] == True, name="anything-new"):  # noqa: E712 -- builds a condition
-                task = validate(
-                    dataset=data, context=context, context_digest=resolved.outputs["context_digest"], params=params
-                )
-                validated = placed(task, "validate")
+                validated = _validated(resolved, params, profile.cluster.validation_shards, placed)
                 validation = validated.outputs["validation"]
                 task = split(
                     dataset=data, validation=validation, validation_digest=validated.outputs["Output"], params=params
                 )
                 splits = placed(task, "split").outputs["splits"]
-                task = train(dataset=data, splits=splits, params=params, image=image, run_id=run_id)
+                task = _train(profile.cluster, dataset=data, splits=splits, params=params, image=image, run_id=run_id)
                 model = placed(task, "train").outputs["model"]
                 task = evaluate(
                     dataset=data,
@@ -96,8 +114,49 @@ def retraining_pipeline(profile: Profile, image: str) -> GraphComponent:
     return retraining
 
 
+def _train(cluster: ClusterParams, **inputs: object) -> PipelineTask:
+    """The training in a pod of its own, or, by several nodes, in a TrainJob that the task starts and waits for."""
+    if _is_launcher("train", cluster):
+        return train_on_nodes(**inputs, nodes=nodes_request(cluster))
+    return train(**inputs)
+
+
+def _is_launcher(step: str, cluster: ClusterParams) -> bool:
+    return step == "train" and cluster.training_nodes > 1
+
+
+def _validated(resolved: PipelineTask, params: PipelineChannel, shards: int, placed: Place) -> PipelineTask:
+    """The task `validate`; with several `shards`, after tasks that share its work: scan, gather and match."""
+    data = resolved.outputs["data"]
+    checked = {"dataset": data, "context": resolved.outputs["context"], "params": params}
+    checked["context_digest"] = resolved.outputs["context_digest"]
+    if shards == 1:
+        return placed(validate(**checked), "validate")
+    with dsl.ParallelFor(list(range(shards)), name="scans") as share:
+        scanned = placed(scan(dataset=data, params=params, share=share, shares=shards), "scan")
+    # What the loop collects can't go into the next loop as it is: kfp has no list of artifacts there.
+    gathered = gather(
+        scans=dsl.Collected(scanned.outputs["scanned"]), scan_digests=dsl.Collected(scanned.outputs["Output"])
+    )
+    found = placed(gathered, "gather").outputs
+    with dsl.ParallelFor(list(range(shards)), name="matches") as share:
+        # Of another task's outputs only artifacts: kfp's runner on one machine puts the loop's item for a parameter.
+        task = match(search=found["search"], dataset=data, params=params, share=share, shares=shards)
+        matched = placed(task, "match")
+    task = validate_shards(
+        **checked,
+        survey=found["survey"],
+        survey_digest=found["Output"],
+        matches=dsl.Collected(matched.outputs["matched"]),
+        match_digests=dsl.Collected(matched.outputs["Output"]),
+    )
+    return placed(task, "validate")
+
+
 def _ask_for_resources(task: PipelineTask, step: str, cluster: ClusterParams) -> None:
     resources = {"train": cluster.train, "evaluate": cluster.evaluate}.get(step, cluster.steps)
+    if _is_launcher(step, cluster):
+        resources = cluster.steps.model_copy(update={"timeout_minutes": cluster.train.timeout_minutes})
     task.set_cpu_request(resources.cpu).set_cpu_limit(resources.cpu)
     task.set_memory_request(resources.memory).set_memory_limit(resources.memory)
     kubernetes.set_timeout(task, resources.timeout_minutes * 60)
@@ -116,7 +175,7 @@ def _ask_for_resources(task: PipelineTask, step: str, cluster: ClusterParams) ->
     kubernetes.set_image_pull_policy(task, "IfNotPresent")
     kubernetes.add_pod_label(task, "app.kubernetes.io/name", "braintumor")
     kubernetes.add_pod_label(task, "app.kubernetes.io/component", step)
-    if step not in ON_GPU:
+    if step not in ON_GPU or _is_launcher(step, cluster):
         return
     # The default of 64 MB is too little for what processes share.
     kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=cluster.shared_memory)

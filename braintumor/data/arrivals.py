@@ -18,15 +18,14 @@ import numpy as np
 from braintumor.data.duplicates import (
     COARSE_MARGIN,
     DECISION_BLOCK,
-    FINGERPRINT_PX,
     SEARCH_BLOCK,
     SYMMETRIES,
-    Fingerprints,
     Pairs,
     correlations,
     fingerprint,
     similar_pairs,
 )
+from braintumor.data.fingerprint_store import FINGERPRINT_PX, Fingerprints
 from braintumor.model.images import UnreadableImage, decode_grey
 from braintumor.progress import Progress
 

@@ -139,14 +139,28 @@ class DatasetCache:
         """The version's folder holds the files that `listing` names (md5 by path), all of them in the cache already."""
         tree = self.tree(version)
         with replacing_directory(tree, may_hold=None) as partial:
-            for folder in sorted({(partial / path).parent for path in listing}):
-                folder.mkdir(parents=True, exist_ok=True)
-            for path, md5 in listing.items():
-                _link(self.object(md5), partial / path)
+            self.link(listing, partial)
             seen = _look(partial)
             # Before the folder has its name: a folder without an index would have to be read again.
             content = {path: [md5, *seen[path]] for path, md5 in listing.items()}
             write_text(self._index(version), json.dumps(content))
+
+    def link(self, listing: Mapping[str, str], folder: Path) -> None:
+        """`folder` holds the files that `listing` names (md5 by path), all of them in the cache already."""
+        for parent in sorted({(folder / path).parent for path in listing}):
+            parent.mkdir(parents=True, exist_ok=True)
+        for path, md5 in listing.items():
+            _link(self.object(md5), folder / path)
+
+    @contextmanager
+    def borrowing(self, version: str) -> Iterator[Path]:
+        """A folder to download into and to link a part of the version in, until the end; nobody evicts objects.
+
+        Several processes may do so at once, each for a part of its own.
+        """
+        self.tree(version).parent.mkdir(parents=True, exist_ok=True)
+        with self._locked("objects", fcntl.LOCK_SH), scratch_directory(self.tree(version)) as scratch:
+            yield scratch
 
     def evict(self, limits: Limits) -> None:
         """What no process uses is gone: versions beyond the limits, files that are left over, and weights of long ago.

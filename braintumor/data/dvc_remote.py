@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -131,11 +132,50 @@ def materialise(md5: str, remote: Store, cache: Path, progress: Progress = silen
                 _make(md5, remote, place, progress)
             place.evict(limits)
     except OSError as error:
-        raise UserError(
-            f"the cache {cache} can't take data version {md5} ({error.strerror or error}); make room there, see to its "
-            "permissions, or set BRAINTUMOR_CACHE to another folder"
-        ) from error
+        raise _not_taken(cache, md5, error) from error
     return place.tree(md5)
+
+
+@contextmanager
+def open_files(dataset: Path, paths: Sequence[str], progress: Progress = silent) -> Iterator[Path]:
+    """A folder that holds these files of a data set, perhaps among others, until the end of the block.
+
+    Of a data version that is not in the cache only these files are fetched. They stay there for who needs the whole.
+    """
+    if dataset.is_dir() or not is_md5(str(dataset)):
+        yield open_dataset(dataset, progress)
+        return
+    version, cache = str(dataset), cache_folder()
+    with ExitStack() as held:
+        try:
+            folder = _part(version, paths, open_remote(), DatasetCache(cache), held, progress)
+        except OSError as error:
+            raise _not_taken(cache, version, error) from error
+        yield folder
+
+
+def _part(
+    version: str, paths: Sequence[str], remote: Store, place: DatasetCache, held: ExitStack, progress: Progress
+) -> Path:
+    place.hold(version)
+    place.evict(read_limits())
+    if place.is_intact(version):
+        return place.tree(version)
+    scratch = held.enter_context(place.borrowing(version))
+    whole = list_version(version, remote)
+    listing = {path: whole[path] for path in paths}
+    _fetch(version, listing, remote, place, scratch, progress)
+    folder = scratch / version
+    folder.mkdir()
+    place.link(listing, folder)
+    return folder
+
+
+def _not_taken(cache: Path, version: str, error: OSError) -> UserError:
+    return UserError(
+        f"the cache {cache} can't take data version {version} ({error.strerror or error}); make room there, see to its "
+        "permissions, or set BRAINTUMOR_CACHE to another folder"
+    )
 
 
 def _make(version: str, remote: Store, place: DatasetCache, progress: Progress) -> None:

@@ -5,10 +5,12 @@ import json
 import multiprocessing
 import os
 import stat
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,7 +22,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from braintumor.artifacts import GROUPS_FILE, MANIFEST
-from braintumor.data.duplicates import FINGERPRINT_PX, Fingerprints, fingerprint, group_copies
+from braintumor.data.duplicates import fingerprint, group_copies
+from braintumor.data.fingerprint_store import (
+    FINGERPRINT_PX,
+    FingerprintFiles,
+    Fingerprints,
+    FingerprintStore,
+    FingerprintWriter,
+)
 from braintumor.data.masks import mask_path
 from braintumor.data.oddities import measure_oddities
 from braintumor.data.patients import refuse_strangers, rows_of
@@ -35,6 +44,9 @@ UNVERSIONED_FOLDERS = frozenset({".git", ".hg", ".dvc"})
 UNVERSIONED_FILES = frozenset({".git"})
 # Starting a pool of processes takes longer than reading so few images.
 WORTH_A_POOL = 1000
+# More are kept on disk: so many are 180 MiB.
+FINGERPRINTS_IN_MEMORY = 10_000
+ROWS_IN_A_BATCH = 1000
 BORDER_SHARE = 0.05
 
 # Statistics are of the grey image, 0..255. Columns from `width` on are null where the image can't be decoded.
@@ -68,6 +80,9 @@ SCHEMA = pa.schema(
         pa.field("mark_length", pa.float64()),  # of bright strokes that look drawn, / the longer side
     ]
 )
+
+# What an image says by itself, without groups.csv and the other images.
+EXAMINED = pa.schema([field for field in SCHEMA if field.name not in {"patient", "is_phantom", "duplicate_group"}])
 
 OnImage = Callable[[], None]
 
@@ -118,32 +133,50 @@ def survey(
     copy_correlation: float,
     on_image: OnImage = lambda: None,
     contents: Contents | None = None,
+    scratch: Path | None = None,
 ) -> Survey:
     """Every image of `dataset` examined, and copies of one slice put into one duplicate group.
 
     `workers` processes read (0: one a core). An image that can't be decoded keeps its row, with `is_readable` false
-    and the reason in `error`. Raises UserError for a missing folder, files that can't be opened and a wrong groups.csv.
+    and the reason in `error`. Fingerprints of many images stay in `scratch` meanwhile (the system's temporary folder):
+    18 KiB an image. Raises UserError for a missing folder, files that can't be opened and a wrong groups.csv.
     """
     contents = contents or list_contents(dataset)
-    known_of = _read_groups(dataset, contents.images)
-    records: list[dict[str, Any]] = []
-    fingerprints = np.zeros((len(contents.images), FINGERPRINT_PX, FINGERPRINT_PX), np.float16)
-    for index, (record, its_fingerprint) in enumerate(_examine_all(dataset, contents.images, workers)):
-        known = known_of.get(record["path"], Known(None, is_phantom=False))
-        records.append(record | {"patient": known.patient, "is_phantom": known.is_phantom})
-        fingerprints[index] = its_fingerprint
-        on_image()
-    groups = group_copies(
-        [record["sha256"] for record in records],
-        [record.get("pixels_sha256") for record in records],
-        fingerprints,
-        copy_correlation,
-    )
-    for record, group in zip(records, groups, strict=True):
-        record["duplicate_group"] = group
-    md5s = {record["path"]: record["md5"] for record in records}
+    # Before the images are read, which may take hours.
+    _read_groups(dataset, contents.images)
+    with ExitStack() as stack:
+        fingerprints: FingerprintStore
+        if len(contents.images) <= FINGERPRINTS_IN_MEMORY:
+            fingerprints = kept = np.zeros((len(contents.images), FINGERPRINT_PX, FINGERPRINT_PX), np.float16)
+            rows = _examine_to_table(dataset, contents.images, workers, kept.__setitem__, on_image)
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fingerprints-", dir=scratch))
+            file = Path(folder, "fingerprints.npy")
+            with FingerprintWriter(file) as writer:
+                rows = _examine_to_table(dataset, contents.images, workers, lambda _, its: writer.append(its), on_image)
+            fingerprints = stack.enter_context(FingerprintFiles([file]))
+        groups = group_copies(
+            rows["sha256"].to_pylist(), rows["pixels_sha256"].to_pylist(), fingerprints, copy_correlation
+        )
+    return compose(dataset, contents, rows, groups)
+
+
+def compose(dataset: Path, contents: Contents, rows: pa.Table, groups: Sequence[str]) -> Survey:
+    """The survey of `dataset` from what each image says by itself (EXAMINED), and the group of each."""
+    paths = rows["path"].to_pylist()
+    known_of = _read_groups(dataset, paths)
+    known = [known_of.get(path, Known(None, is_phantom=False)) for path in paths]
+    of_the_set = {
+        "patient": [image.patient for image in known],
+        "is_phantom": [image.is_phantom for image in known],
+        "duplicate_group": list(groups),
+    }
+    for name, values in of_the_set.items():
+        rows = rows.append_column(SCHEMA.field(name), pa.array(values, SCHEMA.field(name).type))
+    md5s = dict(zip(paths, rows["md5"].to_pylist(), strict=True))
     others = [path for path in contents.versioned if path not in md5s]
-    return Survey(_frame(records), contents, version_md5(md5s | file_md5s(dataset, others)))
+    data_md5 = version_md5(md5s | file_md5s(dataset, others))
+    return Survey(_as_frame(rows.select(SCHEMA.names)), contents, data_md5)
 
 
 def dataset_md5(dataset: Path) -> str:
@@ -156,8 +189,12 @@ def dataset_md5(dataset: Path) -> str:
 
 def version_md5(md5s: Mapping[str, str]) -> str:
     """DVC's md5 of a folder whose files have these md5s (dvc_data.hashfile.tree.Tree.digest)."""
-    entries = [{"md5": md5s[path], "relpath": path} for path in sorted(md5s)]
-    return hashlib.md5(json.dumps(entries, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
+    digest = hashlib.md5(b"[", usedforsecurity=False)
+    for number, path in enumerate(sorted(md5s)):
+        entry = json.dumps({"md5": md5s[path], "relpath": path}, sort_keys=True)
+        digest.update((", " * (number > 0) + entry).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def file_md5s(dataset: Path, paths: Sequence[str]) -> dict[str, str]:
@@ -347,8 +384,22 @@ def _border_mean(grey: NDArray[np.uint8]) -> float:
     return float(grey[is_border].mean())
 
 
-def _frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    return _as_frame(pa.Table.from_pylist(list(records), schema=SCHEMA))
+def _examine_to_table(
+    dataset: Path, paths: Sequence[str], workers: int, keep: Callable[[int, Fingerprints], None], on_image: OnImage
+) -> pa.Table:
+    """What each image says by itself; `keep` is given the fingerprints, each with its number."""
+    records: list[dict[str, Any]] = []
+    batches = []
+    for number, (record, its_fingerprint) in enumerate(_examine_all(dataset, paths, workers)):
+        records.append(record)
+        keep(number, its_fingerprint)
+        on_image()
+        # A dictionary takes 2 KiB, a row of a batch 0.3.
+        if len(records) == ROWS_IN_A_BATCH:
+            batches.append(pa.RecordBatch.from_pylist(records, schema=EXAMINED))
+            records = []
+    batches.append(pa.RecordBatch.from_pylist(records, schema=EXAMINED))
+    return pa.Table.from_batches(batches, EXAMINED)
 
 
 def _as_frame(table: pa.Table) -> pd.DataFrame:

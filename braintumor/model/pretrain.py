@@ -50,7 +50,8 @@ def pretrain_sample(output: Path, params: TrainParams, progress: Progress) -> tr
             val_images = _load(phantoms, "test", recipe, progress)
         steps = training.steps_per_epoch(len(train_images.labels), recipe) * recipe.epochs
         advance = progress(f"pretrain: phantoms of seed {number.seed}", steps)
-        training.fine_tune(classifier, train_images, val_images, recipe, history, advance)
+        engine = training.make_engine(classifier, recipe, len(train_images.labels))
+        training.fine_tune(engine, train_images, val_images, recipe, history, advance)
     output.parent.mkdir(parents=True, exist_ok=True)
     model = output.with_suffix(".keras")
     classifier.network.save(model)

@@ -1,31 +1,36 @@
 """Training of the classifier: a head on cached features, then fine-tuning, then temperature."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from braintumor.errors import UserError
+from braintumor.interruption import deferred_interruptions
 from braintumor.labels import CLASS_NAMES
-from braintumor.model.augmentation import augment
+from braintumor.model.batches import Batch, augmentation_draws, batches
 from braintumor.model.checkpoints import State
 from braintumor.model.densenet import Classifier, import_keras
-from braintumor.model.inference import BATCH_SIZE
+from braintumor.model.distribution import Placement, sum_over_workers
+from braintumor.model.engine import ALONE, Engine, Recipe
+from braintumor.model.flat import NAMES, Values
+from braintumor.model.image_store import Images
+from braintumor.model.optimizers import FlatOptimizer, constant_rate, make_optimizer
 from braintumor.params import TrainParams
 from braintumor.progress import Advance
 
-if TYPE_CHECKING:
-    import keras
+# Between two checkpoints within an epoch: what the loss of a node may cost, where an epoch takes hours.
+CHECKPOINT_EVERY_S = 600.0
 
 
 @dataclass(frozen=True)
 class LabelledImages:
     """Images uint8 (n, size, size, 1) and their labels int64 (n,), indices into CLASS_NAMES."""
 
-    images: NDArray[np.uint8]
+    images: Images
     labels: NDArray[np.int64]
 
 
@@ -54,10 +59,12 @@ class History:
     on_epoch: OnEpoch
     epochs: list[Epoch] = field(default_factory=list)
     best: Epoch | None = None
-    best_weights: list[NDArray[Any]] = field(default_factory=list)
+    best_values: Values = field(default_factory=dict)
+    # What an earlier attempt spent on the epoch that goes on.
+    seconds: float = 0.0
 
-    def add(self, epoch: Epoch, network: "keras.Model") -> None:
-        """Keep the row, and the network's weights if it is the best so far; a loss that is not finite ends it all."""
+    def add(self, epoch: Epoch, values: Callable[[], Values]) -> None:
+        """Keep the row, and the network's values if it is the best so far; a loss that is not finite ends it all."""
         if not np.isfinite([epoch.train_loss, epoch.val_loss]).all():
             raise UserError(
                 f"the loss became {epoch.train_loss} in epoch {epoch.epoch} ({epoch.phase}); lower train.learning_rate"
@@ -65,7 +72,7 @@ class History:
             )
         self.epochs.append(epoch)
         if self.best is None or epoch.val_loss < self.best.val_loss:
-            self.best, self.best_weights = epoch, network.get_weights()
+            self.best, self.best_values = epoch, values()
         self.on_epoch(epoch)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -77,45 +84,73 @@ class History:
         return sum(epoch.phase == phase for epoch in self.epochs)
 
 
-def make_reproducible(seed: int) -> None:
-    """The same inputs, seed and hardware give the same weights from here on."""
+def make_reproducible(seed: int, *, xla: bool = False) -> None:
+    """The same inputs, seed and hardware give the same weights from here on; with `xla`, which can't, nearly the same.
+
+    XLA has no deterministic gradient of DenseNet's max pooling.
+    """
     keras = import_keras()
     import tensorflow as tf
 
     # Names that Keras counts up within a process stand in the saved model.
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
-    tf.config.experimental.enable_op_determinism()
+    if not xla:
+        tf.config.experimental.enable_op_determinism()
 
 
-def state_of(classifier: Classifier, history: History, optimizer: Any = None) -> State:
-    """The training as it stands between two epochs."""
-    best_weights = history.best_weights
-    pairs = zip(best_weights, classifier.network.get_weights(), strict=True)
-    is_best = all(np.array_equal(best, current) for best, current in pairs)
-    return State(
-        rows=history.rows(),
-        # More than the weights: the seeds of the dropout, too.
-        network=[variable.numpy() for variable in classifier.network.variables],
-        optimizer=[variable.numpy() for variable in optimizer.variables] if optimizer is not None else [],
-        best_weights=None if is_best else best_weights,
+def make_engine(
+    classifier: Classifier, params: TrainParams, n_train: int, strategy: Any = None, placement: Placement = ALONE
+) -> Engine:
+    """The engine that fine-tunes the classifier on `n_train` images; it answers with features (n, 1920) and logits."""
+    keras = import_keras()
+    network = classifier.network
+    model = keras.Model(network.input, [network.get_layer("features").output, network.output])
+    total_steps = max(1, steps_per_epoch(n_train, params) * params.epochs)
+    recipe = Recipe(
+        seed=params.seed,
+        batch_size=params.batch_size,
+        label_smoothing=params.label_smoothing,
+        augmentation=params.augmentation,
+        ema_momentum=params.ema_momentum,
+        scales_loss=params.precision == "mixed_float16",
+        xla=params.xla,
     )
+    return Engine(model, lambda decays: make_optimizer(params, total_steps, decays), recipe, strategy, placement)
 
 
-def restore(classifier: Classifier, history: History, state: State) -> None:
-    """The network and the history are as `state_of` found them; `fine_tune` takes the rest."""
-    _assign(classifier.network.variables, state.network)
+def state_of(engine: Engine, history: History, step: int = 0, seconds: float = 0.0) -> State:
+    """The training as it stands between two epochs, or after `step` steps of one, which took `seconds`."""
+    kept = engine.kept()
+    is_best = step == 0 and all(np.array_equal(value, kept[name]) for name, value in history.best_values.items())
+    return State(history.rows(), step, engine.state(), None if is_best else history.best_values, seconds)
+
+
+def check_state(engine: Engine, state: State) -> None:
+    """Raises ValueError where the state is not one of such an engine."""
+    own = engine.shapes()
+    # Before there is an epoch, there is no best one.
+    best = state.best or None
+    for values, names in ((state.values, own.keys()), *([(best, NAMES)] if best else [])):
+        if {name: value.shape for name, value in values.items()} != {name: own[name] for name in names}:
+            raise ValueError("it is of another network, optimiser or precision")
+
+
+def restore(engine: Engine, history: History, state: State) -> None:
+    """Engine and history are as `state_of` found them; `fine_tune` goes on from the state's step.
+
+    Raises ValueError as `check_state` does, before anything is changed.
+    """
+    check_state(engine, state)
+    engine.load(state.values)
+    history.seconds = state.seconds
     history.epochs = [Epoch(**row) for row in state.rows]
-    history.best = min(history.epochs, key=lambda epoch: epoch.val_loss)
-    history.best_weights = classifier.network.get_weights() if state.best_weights is None else state.best_weights
-
-
-def _assign(variables: Sequence[Any], values: Sequence[NDArray[Any]]) -> None:
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
+    history.best = min(history.epochs, key=lambda epoch: epoch.val_loss, default=None)
+    history.best_values = engine.kept() if state.best is None else state.best
 
 
 def fit_head(
+    engine: Engine,
     classifier: Classifier,
     train: LabelledImages,
     val: LabelledImages,
@@ -123,87 +158,136 @@ def fit_head(
     history: History,
     advance: Advance,
 ) -> None:
-    """The head is trained on features of the frozen backbone, which are computed once."""
-    keras = import_keras()
-    network = classifier.network
-    extractor = keras.Model(network.input, network.get_layer("features").output)
-    train_features = extractor.predict(train.images.astype(np.float32), batch_size=BATCH_SIZE, verbose=0)
-    val_features = extractor.predict(val.images.astype(np.float32), batch_size=BATCH_SIZE, verbose=0)
+    """The head is trained on features of the frozen backbone, which are computed once for each view of an image.
 
-    features = keras.Input(train_features.shape[1:])
-    logits = network.get_layer("logits")
-    head = keras.Model(features, logits(network.get_layer("dropout")(features)))
-    _compile(head, keras.optimizers.Adam(params.head_learning_rate), params, xla=False)
-    weights = sample_weights(train.labels, params)
-    targets = np.eye(len(CLASS_NAMES), dtype=np.float32)[train.labels]
+    The first view is the image itself, others are augmented. Of more than `params.images_in_memory` views a random part
+    is taken. The engine ends with the best head.
+    """
+    n = len(train.labels)
+    views = np.arange(n * params.head_views)
+    if len(views) > params.images_in_memory:
+        chosen = np.random.default_rng((params.seed, 0)).choice(views, params.images_in_memory, replace=False)
+        views = np.sort(chosen)
+    features = _view_features(engine, train, views, params)
+    val_features = outputs_of(engine, val.images)[0]
+    labels = train.labels[views % n]
+    weights, targets = sample_weights(labels, params), one_hot(labels)
+    head = _head_engine(classifier, features.shape[1], params)
+    no_draws = np.zeros((len(views), 0), np.float32)
     for epoch in range(1, params.head_epochs + 1):
         started = time.monotonic()
-        fitted = head.fit(
-            train_features, targets, sample_weight=weights, batch_size=params.batch_size, epochs=1, verbose=0
-        ).history
-        val_loss, val_accuracy = score_logits(head.predict(val_features, batch_size=1024, verbose=0), val.labels)
+        head.begin_epoch()
+        order = np.random.default_rng((params.seed, 0, epoch)).permutation(len(views))
+        for start in range(0, len(order), params.batch_size):
+            rows = order[start : start + params.batch_size]
+            head.train(Batch(features[rows], targets[rows], weights[rows], no_draws[rows]), len(rows))
+        sums = head.sums
+        val_loss, val_accuracy = score_logits(outputs_of(head, val_features)[0], val.labels)
         row = Epoch(
-            epoch, "head", fitted["loss"][0], fitted["accuracy"][0], val_loss, val_accuracy,
+            epoch, "head", sums.loss / sums.images, sums.right / sums.images, val_loss, val_accuracy,
             params.head_learning_rate, time.monotonic() - started,
         )  # fmt: skip
-        history.add(row, network)
+
+        def values() -> Values:
+            head.write(head.kept())
+            return engine.model_values()
+
+        history.add(row, values)
         advance()
     # The next phase starts from the best head, not from the last.
-    network.set_weights(history.best_weights)
+    engine.load(history.best_values)
+
+
+def _view_features(
+    engine: Engine, train: LabelledImages, views: NDArray[np.int64], params: TrainParams
+) -> NDArray[np.float32]:
+    """Features (n, 1920) of views; view v is image v % n_images, as it is where v < n_images."""
+    n = len(train.labels)
+    plain, varied = views[views < n], views[views >= n]
+    found = [outputs_of(engine, train.images, plain)[0]]
+    if len(varied):
+        draws = augmentation_draws(params.seed, 0, varied)
+        found.append(outputs_of(engine, train.images, varied % n, draws)[0])
+    return np.concatenate(found)
+
+
+def _head_engine(classifier: Classifier, n_features: int, params: TrainParams) -> Engine:
+    keras = import_keras()
+    features = keras.Input((n_features,))
+    layer = classifier.network.get_layer
+    head = keras.Model(features, layer("logits")(layer("dropout")(features)))
+    rate = constant_rate(params.head_learning_rate)
+    recipe = Recipe(params.seed, params.batch_size, params.label_smoothing, augmentation=None)
+    # One device: every worker trains the same head, and comes to the same.
+    return Engine(head, lambda decays: FlatOptimizer("adam", rate, 0.0, tuple(decays)), recipe)
 
 
 def fine_tune(
-    classifier: Classifier,
+    engine: Engine,
     train: LabelledImages,
     val: LabelledImages,
     params: TrainParams,
     history: History,
     advance: Advance,
-    on_state: OnState = lambda state: None,
-    optimizer_state: Sequence[NDArray[Any]] = (),
+    on_state: Callable[[State], None] = lambda state: None,
+    first_step: int = 0,
 ) -> None:
-    """All kernels are trained, on augmented images; the network ends with the weights of the best epoch.
+    """All kernels are trained, on augmented images; the model ends with the values of the best epoch.
 
-    `on_state` hears of the state after every epoch. With the history and the network of such a state restored, and its
-    `optimizer_state` given, the training goes on as if nothing had happened; on a CPU, to the last bit. With
+    `on_state` hears of the state after every epoch, every ten minutes, and before SIGTERM or Ctrl-C end the process;
+    these wait for the step under way, or the next one where several workers have to agree. With such a state restored
+    and its step given as `first_step`, the training goes on as if nothing had happened; on a CPU, to the last bit. With
     `params.ema_momentum` an epoch is judged, and kept, by the averaged weights; the training goes on with its own.
     """
-    keras = import_keras()
-    network = classifier.network
-    steps = steps_per_epoch(len(train.labels), params)
+    n, batch_size = len(train.labels), params.batch_size
+    n_steps = steps_per_epoch(n, params)
+    placement, weights = engine.placement, sample_weights(train.labels, params)
     first = history.count("head")
-    optimizer = make_optimizer(params, total_steps=steps * params.epochs)
-    _compile(network, optimizer, params, xla=params.xla)
-    if optimizer_state:
-        optimizer.build(network.trainable_variables)
-        _assign(optimizer.variables, optimizer_state)
+    told = time.monotonic()
+    is_alone = placement.workers == 1
+    with deferred_interruptions() as interruption:
 
-    class Steps(keras.callbacks.Callback):  # type: ignore[name-defined]
-        def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-            advance()
+        def put_down(step: int) -> None:
+            on_state(state_of(engine, history, step, time.monotonic() - started))
+            interruption.leave()
 
-        def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-            if params.ema_momentum:
-                # fit() ends by overwriting them with the averages.
-                self.own_weights = [variable.numpy() for variable in network.trainable_variables]
+        def between_answers() -> None:
+            # Several workers wait for each other's answers.
+            if interruption.is_asked and is_alone:
+                put_down(n_steps)
 
-    callback = Steps()
-    while history.count("fine-tuning") < params.epochs and not _has_stopped_improving(history, params):
-        number = history.count("fine-tuning") + 1
-        started = time.monotonic()
-        batches = training_batches(train, params, epoch=number)
-        fitted = network.fit(batches, epochs=1, verbose=0, shuffle=False, callbacks=[callback]).history
-        logits = network.predict(val.images.astype(np.float32), batch_size=BATCH_SIZE, verbose=0)
-        val_loss, val_accuracy = score_logits(logits, val.labels)
-        row = Epoch(
-            first + number, "fine-tuning", fitted["loss"][0], fitted["accuracy"][0], val_loss, val_accuracy,
-            float(optimizer.learning_rate), time.monotonic() - started,
-        )  # fmt: skip
-        history.add(row, network)
-        if params.ema_momentum:
-            _assign(network.trainable_variables, callback.own_weights)
-        on_state(state_of(classifier, history, optimizer))
-    network.set_weights(history.best_weights)
+        while history.count("fine-tuning") < params.epochs and not _has_stopped_improving(history, params):
+            number = history.count("fine-tuning") + 1
+            started, history.seconds = time.monotonic() - history.seconds, 0.0
+            if not first_step:
+                engine.begin_epoch()
+            fed = batches(
+                train.images, train.labels, weights, params, number, first_step, placement.rank, placement.workers
+            )
+            for step, batch in enumerate(fed, start=first_step + 1):
+                engine.train(batch, min(batch_size, n - (step - 1) * batch_size), stop=interruption.is_asked)
+                advance()
+                if engine.is_stopped or (interruption.is_asked and is_alone):
+                    put_down(step)
+                if time.monotonic() - told > CHECKPOINT_EVERY_S:
+                    on_state(state_of(engine, history, step, time.monotonic() - started))
+                    told = time.monotonic()
+            first_step = 0
+            sums = engine.sums
+            averaged = params.ema_momentum > 0
+            logits = outputs_of(engine, val.images, averaged=averaged, between=between_answers)[-1]
+            val_loss, val_accuracy = score_logits(logits, val.labels)
+            row = Epoch(
+                first + number, "fine-tuning", sums.loss / sums.images, sums.right / sums.images, val_loss,
+                val_accuracy, engine.rate, time.monotonic() - started,
+            )  # fmt: skip
+            history.add(row, engine.kept)
+            on_state(state_of(engine, history))
+            if interruption.is_asked and is_alone:
+                interruption.leave()
+            told = time.monotonic()
+    engine.load(history.best_values)
+    engine.write(history.best_values)
 
 
 def _has_stopped_improving(history: History, params: TrainParams) -> bool:
@@ -212,15 +296,34 @@ def _has_stopped_improving(history: History, params: TrainParams) -> bool:
     return 0 < params.early_stopping_epochs <= min(since_best, history.count("fine-tuning"))
 
 
-def _compile(network: "keras.Model", optimizer: Any, params: TrainParams, *, xla: bool) -> None:
-    losses = import_keras().losses
-    network.compile(
-        optimizer,
-        losses.CategoricalCrossentropy(from_logits=True, label_smoothing=params.label_smoothing),
-        weighted_metrics=[],
-        metrics=["accuracy"],
-        jit_compile=xla,
-    )
+def outputs_of(
+    engine: Engine,
+    images: Images,
+    rows: NDArray[np.int64] | None = None,
+    draws: NDArray[np.float32] | None = None,
+    *,
+    averaged: bool = False,
+    between: Callable[[], None] = lambda: None,
+) -> list[NDArray[np.float32]]:
+    """All outputs of the engine's model for images, or those of `rows`; each worker computes a share of them.
+
+    `between` is called before each of the engine's answers.
+    """
+    rows = np.arange(len(images)) if rows is None else rows
+    placement, size = engine.placement, engine.rows_an_answer
+    found = [np.zeros((len(rows), width), np.float32) for width in engine.widths]
+    for number, start in enumerate(range(0, len(rows), size)):
+        if number % placement.workers != placement.rank:
+            continue
+        part = slice(start, start + size)
+        between()
+        outputs = engine.answers(images[rows[part]], None if draws is None else draws[part], averaged=averaged)
+        for whole, output in zip(found, outputs, strict=True):
+            whole[part] = output
+    if placement.workers == 1:
+        return found
+    # Where one worker has the numbers, all others have zeros.
+    return [sum_over_workers(engine.strategy, whole) for whole in found]
 
 
 def steps_per_epoch(n_images: int, params: TrainParams) -> int:
@@ -228,30 +331,9 @@ def steps_per_epoch(n_images: int, params: TrainParams) -> int:
     return -(-n_images // params.batch_size)
 
 
-def training_batches(train: LabelledImages, params: TrainParams, epoch: int) -> Any:
-    """A tf.data.Dataset of one epoch: (images, one-hot labels, sample weights), shuffled and augmented by the seed."""
-    import tensorflow as tf
-
-    order = np.random.default_rng((params.seed, epoch)).permutation(len(train.labels))
-    targets = np.eye(len(CLASS_NAMES), dtype=np.float32)[train.labels]
-    weights = sample_weights(train.labels, params)
-
-    def gather(step: Any, rows: Any) -> tuple[Any, ...]:
-        images, labels, row_weights = tf.numpy_function(
-            lambda index: (train.images[index], targets[index], weights[index]),
-            [rows],
-            [tf.uint8, tf.float32, tf.float32],
-        )
-        images = tf.ensure_shape(images, (None, *train.images.shape[1:]))
-        return step, images, tf.ensure_shape(labels, (None, len(CLASS_NAMES))), tf.ensure_shape(row_weights, (None,))
-
-    def vary(step: Any, images: Any, labels: Any, row_weights: Any) -> tuple[Any, Any, Any]:
-        seed = tf.stack([tf.constant(params.seed, tf.int32), tf.cast(step, tf.int32) + epoch * 100_000])
-        return augment(tf.cast(images, tf.float32), seed, params.augmentation), labels, row_weights
-
-    batches = tf.data.Dataset.from_tensor_slices(order).batch(params.batch_size).enumerate().map(gather)
-    # One call at a time: deterministic ops would make it so anyway. It runs ahead of the step that it feeds.
-    return batches.map(vary).prefetch(tf.data.AUTOTUNE)
+def one_hot(labels: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Targets (n, 4)."""
+    return np.eye(len(CLASS_NAMES), dtype=np.float32)[labels]
 
 
 def sample_weights(labels: NDArray[np.int64], params: TrainParams) -> NDArray[np.float32]:
@@ -260,37 +342,6 @@ def sample_weights(labels: NDArray[np.int64], params: TrainParams) -> NDArray[np
         return np.ones(len(labels), np.float32)
     counts = np.bincount(labels, minlength=len(CLASS_NAMES))
     return (len(labels) / (np.count_nonzero(counts) * counts[labels])).astype(np.float32)
-
-
-def make_optimizer(params: TrainParams, total_steps: int) -> Any:
-    """The optimiser with its schedule over `total_steps`; weight decay spares biases and BatchNorm."""
-    keras = import_keras()
-    rate: Any = params.learning_rate
-    averaging = {"use_ema": True, "ema_momentum": params.ema_momentum} if params.ema_momentum else {}
-    if params.schedule == "cosine":
-        # Loshchilov & Hutter, ICLR 2017, arXiv:1608.03983, with a linear warm-up.
-        warmup_steps = round(total_steps * params.warmup_fraction)
-        rate = keras.optimizers.schedules.CosineDecay(
-            params.learning_rate * (0.01 if warmup_steps else 1),
-            max(1, total_steps - warmup_steps),
-            warmup_target=params.learning_rate if warmup_steps else None,
-            warmup_steps=warmup_steps,
-        )
-    match params.optimizer:
-        case "sgd":
-            optimizer = keras.optimizers.SGD(
-                rate, momentum=0.9, nesterov=True, weight_decay=params.weight_decay or None, **averaging
-            )
-        case "adam":
-            optimizer = keras.optimizers.Adam(rate, **averaging)
-        case "adamw":
-            # Loshchilov & Hutter, ICLR 2019, arXiv:1711.05101.
-            optimizer = keras.optimizers.AdamW(rate, weight_decay=params.weight_decay, **averaging)
-    if params.optimizer != "adam" and params.weight_decay:
-        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    if params.precision == "mixed_float16":
-        return keras.mixed_precision.LossScaleOptimizer(optimizer)
-    return optimizer
 
 
 def score_logits(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from braintumor.artifacts import source_digest
 from braintumor.errors import UserError
+from braintumor.interruption import deferred_interruptions
 from braintumor.params import Params
 from braintumor.progress import warn
 from braintumor.registry.server import connected, environment
@@ -130,18 +131,22 @@ def step_of_the_attempt(step: str, run_id: str | None = None, evidence: Path | N
     is kept in the run: Kubeflow keeps no results of a failed task. What MLflow can't be told is a warning: it must not
     cost the step. A UserError becomes its message and exit code, and SIGTERM (an eviction) an exit.
     """
-    run_id = run_id or _run_of_this_pipeline()
-    _mark(run_id, step, RUNNING)
-    with without_traceback(), environment({"MLFLOW_RUN_ID": run_id} if run_id else {}), _sigterm_as_exit():
+    with without_traceback(), _sigterm_as_exit():
         try:
-            yield
-        except BaseException as error:
+            run_id = run_id or _run_of_this_pipeline()
+            _mark(run_id, step, RUNNING)
+            with environment({"MLFLOW_RUN_ID": run_id} if run_id else {}):
+                yield
             # Resolve has opened one, perhaps.
             run_id = run_id or _run_of_this_pipeline()
-            _mark(run_id, step, f"{FAILED}: {_in_words(error)}")
-            _keep(run_id, step, evidence)
+            _mark(run_id, step, DONE)
+        except BaseException as error:
+            # A signal that comes now waits until this is told.
+            with deferred_interruptions():
+                run_id = run_id or _run_of_this_pipeline()
+                _mark(run_id, step, f"{FAILED}: {_in_words(error)}")
+                _keep(run_id, step, evidence)
             raise
-    _mark(run_id or _run_of_this_pipeline(), step, DONE)
 
 
 @contextmanager

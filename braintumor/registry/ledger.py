@@ -10,6 +10,7 @@ import json
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from urllib.parse import quote
@@ -222,7 +223,9 @@ def mend(client: "MlflowClient", model_name: str) -> None:
             client.delete_run(run.info.run_id)
     for other in _experiments_of(client, model_name):
         if _is_beginning(other, model_name) and other.lifecycle_stage == "active":
-            client.delete_experiment(other.experiment_id)
+            # Whoever made it deletes it, too, perhaps at this moment.
+            with suppress(Exception):
+                client.delete_experiment(other.experiment_id)
 
 
 def verify(client: "MlflowClient", model_name: str) -> Verification:
@@ -345,19 +348,20 @@ def _begin(client: "MlflowClient", model_name: str) -> "Experiment":
     name, nonce = experiment_name(model_name), secrets.token_hex(16)
     made = client.create_experiment(f"{name} (beginning {nonce})", tags={LEDGER_OF: model_name, NOTE: EXPERIMENT_NOTE})
     text = json.dumps({"index": 0, "ledger": model_name, "nonce": nonce}, sort_keys=True)
-    root = client.create_run(made, run_name="0000 beginning", tags={NOTE: EXPERIMENT_NOTE}).info.run_id
-    client.log_batch(root, params=[Param(ENTRY, text), Param(ENTRY_SHA256, _sha256(text))], synchronous=True)
-    client.set_terminated(root, CLOSED)
-    client.set_experiment_tag(made, ROOT, root)
     try:
+        root = client.create_run(made, run_name="0000 beginning", tags={NOTE: EXPERIMENT_NOTE}).info.run_id
+        client.log_batch(root, params=[Param(ENTRY, text), Param(ENTRY_SHA256, _sha256(text))], synchronous=True)
+        client.set_terminated(root, CLOSED)
+        client.set_experiment_tag(made, ROOT, root)
         client.rename_experiment(made, name)
     except Exception:
-        # Somebody was first, or the answer was lost.
+        # Somebody was first, who perhaps has deleted this beginning already; or the answer was lost.
         found = client.get_experiment_by_name(name)
         if found is None:
             raise
         if found.experiment_id != made:
-            client.delete_experiment(made)
+            with suppress(Exception):
+                client.delete_experiment(made)
     found = _find(client, model_name)
     assert found is not None
     return found

@@ -1,33 +1,31 @@
 """The step `register`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from braintumor import artifacts
 from braintumor.artifacts import read_json, replacing_directory, sha256_of_file, write_json
-from braintumor.data.split_artifact import SPLIT_FACTS, MadeSplit, load_split
 from braintumor.errors import GateNotPassed, UserError
-from braintumor.evidence.metrics import compute_test_metrics
-from braintumor.evidence.of_scores import sections_of_scores
-from braintumor.evidence.predictions import SPLIT_COLUMNS, read_predictions
-from braintumor.model.probes import PROBE_KINDS
-from braintumor.model.saved import model_digest
 from braintumor.params import EvaluateParams, Params
 from braintumor.progress import note
-from braintumor.registry import tracking
-from braintumor.registry.model_card import CardFacts, version_tags, write_card
-from braintumor.registry.model_card_json import make_card_json
-from braintumor.registry.policy import Decision
-from braintumor.registry.test_set_uses import earlier_decisions
-from braintumor.registry.versions import register_version
-from braintumor.steps.gate import judge
+from braintumor.registry.settled import digest_of_folders, keep, registry_state, write_again
+from braintumor.steps.resolve import confirm
 
-TRAIN, EVALUATE, GATE, RESOLVE = (f"braintumor {step}" for step in ("train", "evaluate", "gate", "resolve"))
+# What checks and registers is imported where it is used: where all is as it was, none of it is loaded.
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from braintumor.data.split_artifact import MadeSplit
+    from braintumor.registry.model_card import CardFacts
+    from braintumor.registry.policy import Decision
+
+TRAIN, EVALUATE, GATE, RESOLVE, REGISTER = (
+    f"braintumor {step}" for step in ("train", "evaluate", "gate", "resolve", "register")
+)
 METRICS_TOLERANCE = 1e-9
 IMAGE_COLUMNS = ["path", "label", "group"]
 DIGESTS = ("data_md5", "splits_sha256", "model_digest", "predictions_sha256", "ood_scores_sha256")
@@ -52,7 +50,7 @@ class _Evidence:
     training: dict[str, Any]
     metrics: dict[str, Any]
     evidence: dict[str, Any]
-    decision: Decision
+    decision: "Decision"
 
 
 def register(
@@ -73,7 +71,56 @@ def register(
     Raises GateNotPassed for a decision that closed the gate, UserError for evidence that is stale or was changed
     (nothing is registered), RegistryUnreachable if MLflow does not answer.
     """
+    folders = (model, splits, evaluation, decision, context, validation)
+
+    def inputs() -> dict[str, object]:
+        return {"folders": digest_of_folders(*folders), "params": params.as_json()}
+
+    given, before = inputs(), registry_state()
+    if write_again(output, before, given):
+        return Registration(**read_json(output / artifacts.REGISTRATION, REGISTER))
     evidence = _check_evidence(model, splits, evaluation, decision, context, params)
+
+    def enter() -> Registration:
+        return _enter(evidence, model, evaluation, decision, validation, params)
+
+    registration = enter()
+    if registration.alias is None:
+        name, alias = registration.model_name, params.registration.alias
+        note(f"{name} version {registration.version} is not the newest; the alias '{alias}' stays where it is")
+    with replacing_directory(output) as folder:
+        write_json(folder / artifacts.REGISTRATION, asdict(registration))
+    settled = _settled_state(before, registration, enter)
+    if settled is not None and inputs() == given:
+        keep(output, settled, given)
+        # It is registered, whatever else the registry keeps.
+        with suppress(UserError):
+            confirm(context, params.registration)
+    return registration
+
+
+def _settled_state(before: str | None, registration: Registration, enter: Callable[[], Registration]) -> str | None:
+    """The state in which the registry lacks nothing: `enter` left it as it was, at the latest when called once more."""
+    after = registry_state()
+    if after is None or after == before:
+        return after
+    try:
+        return after if enter() == registration and registry_state() == after else None
+    # It is registered; the next run asks again.
+    except UserError:
+        return None
+
+
+def _enter(
+    evidence: _Evidence, model: Path, evaluation: Path, decision: Path, validation: Path, params: Params
+) -> Registration:
+    """MLflow has all of the evidence and the version; what is there already stays."""
+    from braintumor.registry import tracking
+    from braintumor.registry.model_card import version_tags, write_card
+    from braintumor.registry.model_card_json import make_card_json
+    from braintumor.registry.test_set_uses import earlier_decisions
+    from braintumor.registry.versions import register_version
+
     uses = earlier_decisions(evidence.metrics["test_md5"], evidence.metrics["model_digest"])
     _refuse_untellable_evidence(evidence, uses, evaluation / artifacts.EVIDENCE)
     run_id = tracking.publish(params, model, evaluation, decision, validation)
@@ -89,9 +136,7 @@ def register(
         write_card(facts, tracking.run_page(run_id)),
     )
     tracking.record_registration(run_id, name, version.number)
-    if version.alias is None:
-        note(f"{name} version {version.number} is not the newest; the alias '{alias}' stays where it is")
-    registration = Registration(
+    return Registration(
         model_name=name,
         version=version.number,
         alias=version.alias,
@@ -99,13 +144,13 @@ def register(
         model_digest=evidence.metrics["model_digest"],
         data_md5=evidence.metrics["data_md5"],
     )
-    with replacing_directory(output) as folder:
-        write_json(folder / artifacts.REGISTRATION, asdict(registration))
-    return registration
 
 
 def _refuse_untellable_evidence(found: _Evidence, uses: int, path: Path) -> None:
     """A card can be made of it; what nothing recomputes (robustness, mistakes, comparison) may have any form."""
+    from braintumor.registry.model_card import CardFacts, version_tags, write_card
+    from braintumor.registry.model_card_json import make_card_json
+
     facts = CardFacts(found.metrics, found.evidence, found.decision.as_json(), found.training, uses)
     try:
         write_card(facts, "")
@@ -115,7 +160,10 @@ def _refuse_untellable_evidence(found: _Evidence, uses: int, path: Path) -> None
         raise _stale(path, f"a section is not as it was written ({type(error).__name__}: {error})", EVALUATE) from error
 
 
-def _facts_of_the_card(found: _Evidence, run_id: str, uses: int) -> CardFacts:
+def _facts_of_the_card(found: _Evidence, run_id: str, uses: int) -> "CardFacts":
+    from braintumor.registry import tracking
+    from braintumor.registry.model_card import CardFacts
+
     judgement = (found.metrics, found.evidence, found.decision.as_json())
     # A model that was promoted since keeps the page that a reviewer went by.
     if tracking.is_of_the_champion(found.evidence):
@@ -126,6 +174,13 @@ def _facts_of_the_card(found: _Evidence, run_id: str, uses: int) -> CardFacts:
 def _check_evidence(
     model: Path, splits: Path, evaluation: Path, decision: Path, context: Path, params: Params
 ) -> _Evidence:
+    from braintumor.data.split_artifact import SPLIT_FACTS, load_split
+    from braintumor.evidence.metrics import compute_test_metrics
+    from braintumor.evidence.of_scores import sections_of_scores
+    from braintumor.evidence.predictions import read_predictions
+    from braintumor.model.probes import PROBE_KINDS
+    from braintumor.steps.gate import judge
+
     recorded = read_json(decision / artifacts.DECISION, GATE)
     if recorded.get("passed") is not True:
         raise GateNotPassed(f"{decision / artifacts.DECISION} closed the gate; nothing is registered")
@@ -167,11 +222,13 @@ def _refuse_other_digests(
     model: Path,
     evaluation: Path,
     context: Path,
-    made: MadeSplit,
+    made: "MadeSplit",
     training: Mapping[str, Any],
     metrics: Mapping[str, Any],
 ) -> None:
     """Every file names the same data, split, model and predictions, and they are the ones that lie here."""
+    from braintumor.model.saved import model_digest
+
     current_data_md5 = read_json(context / artifacts.CONTEXT, RESOLVE).get("data_md5")
     digest = model_digest(model / artifacts.MODEL)
     trained, judged = model / artifacts.TRAINING, evaluation / artifacts.METRICS
@@ -201,8 +258,10 @@ def _digest_of(file: Path) -> str:
     return sha256_of_file(file)
 
 
-def _refuse_other_images(predictions: pd.DataFrame, made: MadeSplit, path: Path) -> None:
+def _refuse_other_images(predictions: "pd.DataFrame", made: "MadeSplit", path: Path) -> None:
     """The rows are the test images of the split, and repeat rightly what it knows of them."""
+    from braintumor.evidence.predictions import SPLIT_COLUMNS
+
     test = made.test_images()
     columns = [*IMAGE_COLUMNS, *(name for name in SPLIT_COLUMNS if name in test)]
     _refuse_missing_columns(predictions, columns, path)
@@ -211,7 +270,7 @@ def _refuse_other_images(predictions: pd.DataFrame, made: MadeSplit, path: Path)
         raise _stale(path, f"its {len(predictions)} rows are not the {len(test)} test images of the split", EVALUATE)
 
 
-def _refuse_missing_columns(predictions: pd.DataFrame, columns: list[str], path: Path) -> None:
+def _refuse_missing_columns(predictions: "pd.DataFrame", columns: list[str], path: Path) -> None:
     if missing := [column for column in columns if column not in predictions]:
         raise _stale(path, f"it has no column {', '.join(missing)}", EVALUATE)
 
@@ -223,9 +282,11 @@ def _refuse_other_metrics(figures: Mapping[str, Any], metrics: Mapping[str, Any]
 
 
 def _refuse_other_probes(
-    ood_scores: pd.DataFrame, predictions: pd.DataFrame, params: EvaluateParams, path: Path
+    ood_scores: "pd.DataFrame", predictions: "pd.DataFrame", params: EvaluateParams, path: Path
 ) -> None:
     """Every kind of images unlike the training's is there, and none of its images is left out."""
+    from braintumor.model.probes import PROBE_KINDS
+
     counts = ood_scores["kind"].value_counts()
     # Kinds made of slices take each different test image once; groups have no image in common.
     fewest = min(params.ood_probes, predictions["group"].nunique())
@@ -235,6 +296,8 @@ def _refuse_other_probes(
 
 def _refuse_other_evidence(sections: Mapping[str, Any], metrics: Mapping[str, Any], path: Path) -> None:
     """The evidence is of the same files as the metrics, and says what predictions and scores say."""
+    from braintumor.data.split_artifact import SPLIT_FACTS
+
     evidence = read_json(path, EVALUATE)
     for name in (*DIGESTS, *SPLIT_FACTS):
         if evidence.get(name) != metrics.get(name):

@@ -1,16 +1,19 @@
 """The step `resolve`."""
 
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from braintumor import artifacts
-from braintumor.artifacts import digest_of_files, replacing_directory, write_json
-from braintumor.data.profile import Accepted, write_accepted
-from braintumor.data.versions import find_version
+from braintumor.artifacts import digest_of_files, read_json, replacing_directory, write_json
 from braintumor.errors import UserError
 from braintumor.params import Params, RegisterParams
-from braintumor.registry.attempts import open_attempt, open_run_for_a_failure
-from braintumor.registry.versions import champion, last_accepted
+from braintumor.registry.settled import keep, registry_state, write_again
+
+if TYPE_CHECKING:
+    from braintumor.data.profile import Accepted
+    from braintumor.data.versions import DataVersion
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,47 @@ def resolve(dataset: Path, output: Path, params: RegisterParams) -> Context:
     change only when these facts do. Raises RegistryUnreachable if MLflow does not answer, UserError if what it keeps of
     the accepted data is damaged or there is no such data; `output` is as it was then.
     """
+    from braintumor.data.versions import find_version
+
     version = find_version(dataset)
+    inputs = _inputs(version, params)
+    # Where the registry has not changed since the last time, neither has the answer: MLflow need not be loaded.
+    state = registry_state()
+    if write_again(output, state, inputs):
+        return Context(**read_json(output / artifacts.CONTEXT, "braintumor resolve"))
+    with replacing_directory(output) as folder:
+        context = _ask(version, params, folder)
+    if state is not None and registry_state() == state:
+        keep(output, state, inputs)
+    return context
+
+
+def confirm(context: Path, params: RegisterParams) -> None:
+    """What `resolve` left in `context` is kept for its next run, if it is what MLflow answers now."""
+    from braintumor.data.versions import DataVersion
+
+    state = registry_state()
+    files = (artifacts.CONTEXT, artifacts.ACCEPTED)
+    if state is None or not all((context / name).is_file() for name in files):
+        return
+    facts = read_json(context / artifacts.CONTEXT, "braintumor resolve")
+    version = DataVersion(facts["data_md5"], facts["n_images"])
+    with tempfile.TemporaryDirectory() as scratch:
+        _ask(version, params, Path(scratch))
+        now, then = (digest_of_files(root, [root / name for name in files]) for root in (Path(scratch), context))
+    if now == then and registry_state() == state:
+        keep(context, state, _inputs(version, params))
+
+
+def _inputs(version: "DataVersion", params: RegisterParams) -> dict[str, object]:
+    return {"version": asdict(version), "model_name": params.model_name}
+
+
+def _ask(version: "DataVersion", params: RegisterParams, folder: Path) -> Context:
+    """What MLflow says of this data version, written into `folder`."""
+    from braintumor.data.profile import write_accepted
+    from braintumor.registry.versions import champion, last_accepted
+
     accepted = last_accepted(params.model_name, version.md5)
     context = Context(
         data_md5=version.md5,
@@ -54,9 +97,8 @@ def resolve(dataset: Path, output: Path, params: RegisterParams) -> Context:
         champion=champion(params.model_name),
         accepted=_facts(accepted),
     )
-    with replacing_directory(output) as folder:
-        write_json(folder / artifacts.CONTEXT, asdict(context))
-        write_accepted(accepted, version.md5, folder / artifacts.ACCEPTED)
+    write_json(folder / artifacts.CONTEXT, asdict(context))
+    write_accepted(accepted, version.md5, folder / artifacts.ACCEPTED)
     return context
 
 
@@ -65,6 +107,8 @@ def resolve_attempt(dataset: Path, output: Path, params: Params, image: str, *, 
 
     If there is, MLflow has a run for it, which the later steps join. Raises UserError outside a pipeline, too.
     """
+    from braintumor.registry.attempts import open_attempt, open_run_for_a_failure
+
     try:
         context = resolve(dataset, output, params.registration)
     except UserError:
@@ -81,7 +125,7 @@ def resolve_attempt(dataset: Path, output: Path, params: Params, image: str, *, 
     )
 
 
-def _facts(accepted: Accepted | None) -> dict[str, str | bool] | None:
+def _facts(accepted: "Accepted | None") -> dict[str, str | bool] | None:
     if accepted is None:
         return None
     has_profile = accepted.images is not None

@@ -24,6 +24,7 @@ from braintumor.data.expectations import Finding, check_expectations
 from braintumor.data.manifest import file_md5s, list_contents, survey, version_md5, write_manifest
 from braintumor.data.oddities import odd_kinds, write_odd_images
 from braintumor.data.profile import load_accepted, make_profile, write_profile
+from braintumor.data.shards import Shards, assemble
 from braintumor.errors import CriticalFinding, UserError
 from braintumor.params import Params
 from braintumor.progress import Progress, silent
@@ -48,22 +49,30 @@ class ValidationSummary:
 
 
 def validate(
-    dataset: Path, context: Path, output: Path, params: Params, progress: Progress = silent
+    dataset: Path,
+    context: Path,
+    output: Path,
+    params: Params,
+    progress: Progress = silent,
+    shards: Shards | None = None,
 ) -> ValidationSummary:
     """Leave manifest, profile, leakage, difference, findings and Data Docs of `dataset` in `output`.
 
     The images are compared with the last accepted data version, which `context` holds. A critical finding leaves
     findings and Data Docs alone, so that no later step can start, and raises CriticalFinding. Raises UserError for a
-    context of other data.
+    context of other data, and for `shards`, what other tasks have read and compared, that are not all of this data.
     """
     dataset = open_dataset(dataset, progress)
     contents = list_contents(dataset)
     accepted, resolved_md5 = load_accepted(context)
-    # Before the images are read, which may take minutes.
-    _refuse_other_data(dataset, context, resolved_md5, version_md5(file_md5s(dataset, contents.versioned)))
     checks = params.validation
-    advance = progress("validate: reading images", len(contents.images))
-    surveyed = survey(dataset, checks.workers, checks.copy_correlation, advance, contents)
+    if shards is None:
+        # Before the images are read, which may take minutes.
+        _refuse_other_data(dataset, context, resolved_md5, version_md5(file_md5s(dataset, contents.versioned)))
+        advance = progress("validate: reading images", len(contents.images))
+        surveyed = survey(dataset, checks.workers, checks.copy_correlation, advance, contents)
+    else:
+        surveyed = assemble(dataset, contents, shards, resolved_md5, checks.copy_correlation)
     _refuse_other_data(dataset, context, resolved_md5, surveyed.data_md5)
     data_md5, images = surveyed.data_md5, surveyed.images
     leakage = measure_leakage(images)

@@ -18,6 +18,9 @@ from braintumor.params import SECTIONS
 ROOT = Path(__file__).parents[2]
 STEPS = ("resolve", "validate", "split", "train", "evaluate", "gate", "register")
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+# They share the work of `validate` between the tasks of a cluster. On one machine it does all of it itself: for them
+# there is no stage and no command.
+PARTS_OF_VALIDATE = ("scan", "gather", "match")
 # What changes how a step tells, stores or records its result, and never the result itself.
 NO_INFLUENCE = {"braintumor", "braintumor.artifacts", "braintumor.errors", "braintumor.params", "braintumor.progress"}
 RECORDS = ("braintumor.registry.",)
@@ -33,7 +36,8 @@ CHECKS = {
 # They make what MLflow is shown of the data, beside the step's result.
 SHOWN_IN_THE_RUN = {"braintumor.data.profile", "braintumor.data.privacy"}
 EXEMPT = {
-    "validate": set(),
+    # A stage has no shards.
+    "validate": {"braintumor.data.shards"},
     "split": {f"braintumor.data.{name}" for name in ("masks", "oddities", "patients", "split_check")},
     # It only shares the module with the step that publishes evaluations.
     "train": CHECKS | SHOWN_IN_THE_RUN | {"braintumor.evidence.plots", "braintumor.evidence.verdicts"},
@@ -51,7 +55,17 @@ def test_every_step_is_a_module_a_function_a_command_and_a_stage() -> None:
         assert step in commands
         assert STAGES[step]["cmd"].startswith(f"braintumor {step} ")
     assert list(STAGES) == list(STEPS)
-    assert {path.stem for path in (ROOT / "braintumor/steps").glob("*.py")} == {"__init__", *STEPS}
+    assert {path.stem for path in (ROOT / "braintumor/steps").glob("*.py")} == {"__init__", *STEPS, *PARTS_OF_VALIDATE}
+
+
+@pytest.mark.parametrize("part", PARTS_OF_VALIDATE)
+def test_every_part_of_the_validation_is_a_module_a_function_and_a_component_and_neither_command_nor_stage(
+    part: str,
+) -> None:
+    assert callable(getattr(import_module(f"braintumor.steps.{part}"), part))
+    assert callable(getattr(import_module(f"components.{part}"), part).python_func)
+    assert part not in get_command(app).commands  # type: ignore[attr-defined]
+    assert part not in STAGES
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -21,6 +21,7 @@ PROFILES = sorted(path.stem for path in (ROOT / "params").glob("*.yaml"))
 ON_GPU = {"production", "reference"}
 IMAGE = "example.test/braintumor@sha256:" + "a" * 64
 TASKS = {*STEPS, "report"}
+PARTS = ("scan", "gather", "match")  # of validate, where several tasks share it
 FOLDERS = {
     "resolve": "resolve", "validation": "validate", "split": "split", "model": "train", "evaluation": "evaluate",
     "gate": "gate",
@@ -111,7 +112,8 @@ def test_every_component_is_named_after_its_step_and_calls_it() -> None:
         block = next(node for node in function.body if isinstance(node, ast.With))
         after = function.body[function.body.index(block) + 1 :]
         assert all(isinstance(node, ast.Return) or ast.unparse(node).startswith("print(") for node in after), step
-    assert {path.stem for path in (ROOT / "components").glob("*.py")} == {"__init__", "views", *TASKS}
+    beside = {"__init__", "views", "train_on_nodes", "training_job", "training_worker"} | {"validate_shards", *PARTS}
+    assert {path.stem for path in (ROOT / "components").glob("*.py")} - beside == set(TASKS)
 
 
 def test_dvc_and_kubeflow_have_the_same_edges(package: tuple[str, Profile, Package]) -> None:
@@ -120,6 +122,85 @@ def test_dvc_and_kubeflow_have_the_same_edges(package: tuple[str, Profile, Packa
     for step in STEPS:
         built = {dep.split("/")[1] for dep in stages[step]["deps"] if dep.startswith("build/")}
         assert compiled.sources(step) == {FOLDERS[folder] for folder in built}, step
+
+
+@pytest.fixture(scope="module")
+def sharded(package: tuple[str, Profile, Package]) -> tuple[Profile, Package]:
+    _, profile, _ = package
+    several = profile.model_copy(update={"cluster": profile.cluster.model_copy(update={"validation_shards": 3})})
+    return several, Package(compile_pipeline(several, IMAGE))
+
+
+def test_without_shards_no_task_shares_the_validation(package: tuple[str, Profile, Package]) -> None:
+    _, profile, compiled = package
+    assert profile.cluster.validation_shards == 1
+    assert compiled.tasks.keys() == TASKS
+    assert "survey" not in compiled.graph["components"]["comp-validate"]["inputDefinitions"]["artifacts"]
+
+
+def test_shards_are_scanned_gathered_matched_and_all_of_them_validated(sharded: tuple[Profile, Package]) -> None:
+    _, compiled = sharded
+    assert compiled.tasks.keys() == TASKS | set(PARTS)
+    loops = {}
+    for component in compiled.graph["components"].values():
+        for name, task in component.get("dag", {}).get("tasks", {}).items():
+            if "parameterIterator" in task:
+                loops[name] = task["parameterIterator"]["items"]["raw"]
+    assert loops == {compiled.inside["scan"]: "[0, 1, 2]", compiled.inside["match"]: "[0, 1, 2]"}
+    for part in ("scan", "match"):
+        share, count = (compiled.tasks[part]["inputs"]["parameters"][name] for name in ("share", "shares"))
+        assert share["componentInputParameter"].startswith("pipelinechannel--loop-item-param-")
+        assert count == {"runtimeValue": {"constant": 3}}
+    # Inside the same condition as the rest: nothing is read where nothing is new.
+    assert {compiled.inside[step] for step in ("gather", "validate", "split")} == {compiled.inside["gate"]}
+    assert {compiled.inside[compiled.inside[part]] for part in ("scan", "match")} == {compiled.inside["gate"]}
+    assert compiled.sources("gather") == {compiled.inside["scan"]}
+    assert compiled.sources("match") == {"gather"}
+    assert compiled.sources("validate") == {"resolve", "gather", compiled.inside["match"]}
+    assert compiled.sources("split") == {"validate"}
+
+
+def test_the_parts_are_placed_like_the_validation(sharded: tuple[Profile, Package]) -> None:
+    profile, compiled = sharded
+    for part in PARTS:
+        assert compiled.container(part)["resources"] == compiled.container("validate")["resources"]
+        assert compiled.container(part)["image"] == IMAGE
+        settings, model = compiled.kubernetes(part), compiled.kubernetes("validate")
+        for name in ("activeDeadlineSeconds", "securityContext", "imagePullPolicy"):
+            assert settings[name] == model[name]
+        assert settings["podMetadata"]["labels"] == {
+            "app.kubernetes.io/name": "braintumor", "app.kubernetes.io/component": part,
+        }  # fmt: skip
+        assert compiled.tasks[part]["cachingOptions"]["enableCache"] is True
+        retries = compiled.tasks[part]["retryPolicy"]
+        assert retries["maxRetryCount"] == 2
+        assert int(retries["backoffMaxDuration"].removesuffix("s")) >= 3 * int(settings["activeDeadlineSeconds"])
+    # The images and what fetches them are for who reads them.
+    assert compiled.environment("scan") == compiled.environment("validate")
+    assert compiled.environment("gather") == compiled.environment("match") == compiled.environment("gate")
+    assert compiled.kubernetes("scan")["pvcMount"] == compiled.kubernetes("validate")["pvcMount"]
+    assert "retryPolicy" not in compiled.tasks["validate"]
+    # Kubeflow's cache does not look into artifacts.
+    for task, names in {
+        "gather": {"scan_digests"},
+        "match": {"dataset"},
+        "validate": {"context_digest", "survey_digest", "match_digests"},
+    }.items():
+        assert names <= compiled.tasks[task]["inputs"]["parameters"].keys()
+    tagged = Package(compile_pipeline(profile, "example.test:5000/braintumor:1.0"))
+    assert not any(task["cachingOptions"].get("enableCache") for task in tagged.tasks.values())
+
+
+def test_the_components_of_the_parts_call_their_functions_and_mark_the_validation() -> None:
+    for name in (*PARTS, "validate_shards"):
+        tree = ast.parse((ROOT / "components" / f"{name}.py").read_text())
+        [function] = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+        assert function.name == name.removesuffix("_shards")
+        text = ast.unparse(function).replace("'", '"')
+        assert f"from braintumor.steps.{function.name} import {function.name}" in text
+        assert not [node for node in ast.walk(function) if isinstance(node, ast.If | ast.For | ast.While | ast.Try)]
+        marks = re.findall(r'(?:part_of_the_step|step_of_the_attempt)\("(\w+)"', text)
+        assert marks == ["validate"]
 
 
 def test_nothing_new_stops_all_but_resolve_and_a_closed_gate_stops_register(

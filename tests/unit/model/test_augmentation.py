@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from braintumor.model.augmentation import augment
+from braintumor.model.augmentation import N_DRAWS, augment
 from braintumor.params import Augmentation
 
 NOTHING = {
@@ -14,8 +14,13 @@ def images(n: int) -> np.ndarray:
     return np.random.default_rng(0).uniform(0, 255, (n, 16, 16, 1)).astype(np.float32)
 
 
-def augmented(batch: np.ndarray, seed: tuple[int, int] = (1, 2), **changes: object) -> np.ndarray:
-    return augment(tf.constant(batch), tf.constant(seed), Augmentation.model_validate(NOTHING | changes)).numpy()
+def drawn(n: int) -> np.ndarray:
+    return np.random.default_rng(1).random((n, N_DRAWS), np.float32)
+
+
+def augmented(batch: np.ndarray, draws: np.ndarray | None = None, **changes: object) -> np.ndarray:
+    draws = drawn(len(batch)) if draws is None else draws
+    return augment(tf.constant(batch), tf.constant(draws), Augmentation.model_validate(NOTHING | changes)).numpy()
 
 
 def test_nothing_turned_on_changes_nothing() -> None:
@@ -62,8 +67,34 @@ def test_contrast_keeps_the_mean_and_scales_the_spread() -> None:
     assert 1.1 < ratios.max() <= 1.2001
 
 
-@pytest.mark.parametrize("seed", [(1, 3), (2, 2)])
-def test_seed_decides_everything(seed: tuple[int, int]) -> None:
-    changes: dict[str, object] = {"rotation_degrees": 10, "zoom_fraction": 0.1, "flip_horizontal": True}
-    np.testing.assert_array_equal(augmented(images(8), **changes), augmented(images(8), **changes))
-    assert not np.allclose(augmented(images(8), **changes), augmented(images(8), seed, **changes))
+EVERYTHING: dict[str, object] = {
+    "rotation_degrees": 20, "shift_fraction": 0.1, "zoom_fraction": 0.1, "contrast_fraction": 0.2,
+    "flip_horizontal": True,
+}  # fmt: skip
+
+
+def test_draws_in_the_middle_change_nothing() -> None:
+    draws = np.full((4, N_DRAWS), 0.5, np.float32)
+    np.testing.assert_allclose(augmented(images(4), draws, **EVERYTHING), images(4), atol=1e-2)
+
+
+@pytest.mark.parametrize("number", range(N_DRAWS))
+def test_each_draw_changes_its_own_image_alone(number: int) -> None:
+    draws = np.full((3, N_DRAWS), 0.5, np.float32)
+    draws[1, number] = 0.1
+    result = augmented(images(3), draws, **EVERYTHING)
+    is_same = np.isclose(result, images(3), atol=1e-2).all(axis=(1, 2, 3))
+    assert is_same.tolist() == [True, False, True]
+
+
+def test_image_is_augmented_alike_in_whatever_batch_it_stands() -> None:
+    whole = augmented(images(8), drawn(8), **EVERYTHING)
+    for part in (slice(3, 4), slice(2, 7)):
+        np.testing.assert_array_equal(augmented(images(8)[part], drawn(8)[part], **EVERYTHING), whole[part])
+
+
+def test_graph_and_eager_calls_give_the_same_images() -> None:
+    params = Augmentation.model_validate(EVERYTHING)
+    spec = [tf.TensorSpec((None, 16, 16, 1)), tf.TensorSpec((None, N_DRAWS))]
+    graph = tf.function(lambda batch, draws: augment(batch, draws, params), input_signature=spec)
+    np.testing.assert_allclose(graph(images(8), drawn(8)), augmented(images(8), **EVERYTHING), atol=1e-3)

@@ -1,5 +1,7 @@
 import os
 import resource
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,32 +13,37 @@ import pytest
 
 from braintumor.errors import UserError
 from braintumor.model import checkpoints
-from braintumor.model.checkpoints import MAX_AGE, Checkpoints, State, checkpoint_address, training_key
+from braintumor.model.checkpoints import MAX_AGE, Checkpoints, State, checkpoint_address, clear_finished, training_key
 from braintumor.params import Params
 
 KEY, OTHER_KEY = "a" * 64, "b" * 64
 
 
-def state(epochs: int, has_own_best: bool = False) -> State:
-    """A training after so many epochs: the number stands in every variable."""
+def state(epochs: int, has_own_best: bool = False, step: int = 0) -> State:
+    """A training after so many epochs: the number stands in every vector."""
     rows = [
         {"epoch": number, "phase": "head", "val_loss": 0.1 + 0.2 * number, "seconds": 1.5}
         for number in range(1, epochs + 1)
     ]
-    network = [np.full((3, 2), epochs, np.float32), np.array([epochs, 7], np.uint32)]
-    optimizer = [np.array(epochs, np.int64), np.full((3, 2), -epochs, np.float32)]
-    return State(rows, network, optimizer, [np.full((3, 2), 0.5, np.float32)] if has_own_best else None)
+    values = {
+        "decayed": np.full(6, epochs, np.float32),
+        "mean.decayed": np.full(6, -epochs, np.float32),
+        "step": np.array(epochs, np.int64),
+        "sums": np.full(3, step / 7),
+    }
+    return State(rows, step, values, {"decayed": np.full(6, 0.5, np.float32)} if has_own_best else None, step / 3)
 
 
 def assert_same(found: State | None, expected: State) -> None:
     assert found is not None
-    assert found.rows == expected.rows
-    assert (found.best_weights is None) == (expected.best_weights is None)
-    for part in ("network", "optimizer", "best_weights"):
-        for one, two in zip(getattr(found, part) or [], getattr(expected, part) or [], strict=True):
-            assert one.dtype == two.dtype
-            assert one.shape == two.shape
-            np.testing.assert_array_equal(one, two)
+    assert (found.rows, found.step, found.seconds) == (expected.rows, expected.step, expected.seconds)
+    assert (found.best is None) == (expected.best is None)
+    for one, two in ((found.values, expected.values), (found.best or {}, expected.best or {})):
+        assert one.keys() == two.keys()
+        for name in one:
+            assert one[name].dtype == two[name].dtype
+            assert one[name].shape == two[name].shape
+            np.testing.assert_array_equal(one[name], two[name])
 
 
 def files(folder: Path) -> list[Path]:
@@ -55,9 +62,16 @@ def room_for(n_bytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("has_own_best", [False, True])
-def test_state_comes_back_as_it_was(tmp_path: Path, has_own_best: bool) -> None:
-    Checkpoints(tmp_path, KEY).save(state(3, has_own_best))
-    assert_same(Checkpoints(tmp_path, KEY).load(), state(3, has_own_best))
+@pytest.mark.parametrize("step", [0, 17])
+def test_state_comes_back_as_it_was(tmp_path: Path, has_own_best: bool, step: int) -> None:
+    Checkpoints(tmp_path, KEY).save(state(3, has_own_best, step))
+    assert_same(Checkpoints(tmp_path, KEY).load(), state(3, has_own_best, step))
+
+
+def test_state_before_the_first_epoch_has_no_best(tmp_path: Path) -> None:
+    first = State([], 4, state(0).values, {})
+    Checkpoints(tmp_path, KEY).save(first)
+    assert_same(Checkpoints(tmp_path, KEY).load(), first)
 
 
 def test_nothing_there_is_no_state_and_no_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,6 +86,14 @@ def test_the_last_two_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
         kept.save(state(epochs))
     assert [path.name[:5] for path in files(tmp_path)] == ["00010", "00011"]
     assert_same(Checkpoints(tmp_path, KEY).load(), state(11))
+
+
+def test_steps_of_an_epoch_come_after_its_begin_and_before_its_end(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, KEY)
+    for epochs, step in ((1, 0), (1, 9), (1, 10), (2, 0)):
+        kept.save(state(epochs, step=step))
+        assert_same(Checkpoints(tmp_path, KEY).load(), state(epochs, step=step))
+    assert [path.name[:14] for path in files(tmp_path)] == ["00001-00000010", "00002-00000000"]
 
 
 def test_resumed_training_keeps_the_last_two_as_well(tmp_path: Path) -> None:
@@ -134,10 +156,48 @@ def test_file_of_another_training_is_not_used_under_this_ones_key(tmp_path: Path
     assert Checkpoints(tmp_path, KEY).load() is None
 
 
+def test_format_of_another_version_is_told_and_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Checkpoints(tmp_path, KEY).save(state(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "FORMAT", 1)
+        Checkpoints(tmp_path, KEY).save(state(2))
+    assert_same(Checkpoints(tmp_path, KEY).load(), state(1))
+    assert "its format is 1" in capsys.readouterr().err
+
+
+def test_state_that_is_of_no_use_to_the_network_gives_way_to_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check(found: State) -> None:
+        if len(found.rows) > 1:
+            raise ValueError("it is of another network")
+
+    kept = Checkpoints(tmp_path, KEY)
+    for epochs in (1, 2):
+        kept.save(state(epochs))
+    assert_same(Checkpoints(tmp_path, KEY).load(check), state(1))
+    assert "it is of another network" in capsys.readouterr().err
+
+
 def test_pickled_objects_are_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Checkpoints(tmp_path, KEY).save(State([], [np.array([print], dtype=object)], [], None))
+    Checkpoints(tmp_path, KEY).save(State([], 0, {"decayed": np.array([print], dtype=object)}, None))
     assert len(files(tmp_path)) == 1
     assert Checkpoints(tmp_path, KEY).load() is None
+
+
+@contextmanager
+def small_disk(folder: Path, n_bytes: int) -> Iterator[Path]:
+    """A file system of so many bytes; skips the test where this user may not mount one."""
+    folder.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mounting, capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_full_disk_keeps_the_last_good_one_and_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,6 +211,37 @@ def test_full_disk_keeps_the_last_good_one_and_is_told_once(tmp_path: Path, caps
     assert_same(Checkpoints(tmp_path, KEY).load(), state(1))
     kept.save(state(4))
     assert_same(Checkpoints(tmp_path, KEY).load(), state(4))
+
+
+def large(epochs: int) -> State:
+    """About 400 kB."""
+    return State(state(epochs).rows, 0, {"decayed": np.full(100_000, epochs, np.float32)}, None)
+
+
+@pytest.mark.parametrize(("room", "kept_places"), [(600_000, ["00001"]), (1_000_000, ["00003", "00004"])])
+def test_small_file_system_keeps_as_many_as_it_holds(
+    tmp_path: Path, room: int, kept_places: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "disk", room) as disk:
+        kept = Checkpoints(disk, KEY)
+        for epochs in (1, 2, 3, 4):
+            kept.save(large(epochs))
+        told = capsys.readouterr().err
+        assert told.count("Warning: ") == 1
+        assert "make room" in told
+        # Nothing half-written takes the room.
+        assert [path.name[:5] for path in files(disk)] == kept_places
+        assert_same(Checkpoints(disk, KEY).load(), large(int(kept_places[-1])))
+
+
+def test_older_one_of_an_earlier_attempt_makes_room_where_there_is_none(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1_000_000) as disk:
+        for epochs in (1, 2):
+            Checkpoints(disk, KEY).save(large(epochs))
+        resumed = Checkpoints(disk, KEY)
+        resumed.load()
+        resumed.save(large(3))
+        assert [path.name[:5] for path in files(disk)] == ["00002", "00003"]
 
 
 def test_server_that_is_away_costs_warnings_alone(
@@ -182,6 +273,32 @@ def test_states_that_could_not_be_listed_at_first_are_not_thrown_away(
     assert [path.name[:5] for path in files(tmp_path)] == ["00002", "00003", "00007"]
 
 
+def test_two_trainings_of_one_key_at_once_leave_each_others_alone(tmp_path: Path) -> None:
+    one, two = Checkpoints(tmp_path, KEY), Checkpoints(tmp_path, KEY)
+    for each in (one, two):
+        assert each.load() is None
+    for epochs in (1, 2, 3):
+        one.save(state(epochs))
+    two.save(state(1))
+    for epochs in (4, 5):
+        one.save(state(epochs))
+    one.clear()
+    assert_same(Checkpoints(tmp_path, KEY).load(), state(1))
+    two.clear()
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_clearing_for_all_attempts_leaves_nothing_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Checkpoints(tmp_path, KEY).save(state(1))
+    (tmp_path / KEY / ".00002-half.npz.partial-x").write_text("half")
+    Checkpoints(tmp_path, OTHER_KEY).save(state(1))
+    monkeypatch.setenv("BRAINTUMOR_CHECKPOINTS", str(tmp_path))
+    clear_finished(KEY)
+    assert [path.name for path in tmp_path.iterdir()] == [OTHER_KEY]
+
+
 def test_clearing_removes_what_is_its_own_or_older_than_two_weeks(tmp_path: Path) -> None:
     other = Checkpoints(tmp_path, OTHER_KEY)
     for epochs in (1, 2):
@@ -201,19 +318,24 @@ def test_clearing_removes_what_is_its_own_or_older_than_two_weeks(tmp_path: Path
     assert not (tmp_path / KEY).exists()
 
 
-def test_clearing_removes_what_a_killed_process_did_not_finish(tmp_path: Path) -> None:
-    kept = Checkpoints(tmp_path, KEY)
-    kept.save(state(1))
+def test_what_a_killed_attempt_did_not_finish_goes_with_the_first_save_of_the_next(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, KEY).save(state(1))
     Checkpoints(tmp_path, OTHER_KEY).save(state(1))
     unfinished = {name: tmp_path / name / ".00002-half.npz.partial-x" for name in (KEY, OTHER_KEY)}
     for file in unfinished.values():
         file.write_text("half")
-    kept.clear()
+    resumed = Checkpoints(tmp_path, KEY)
+    resumed.load()
+    somebodys = tmp_path / KEY / ".00003-half.npz.partial-y"
+    somebodys.write_text("half")
+    resumed.save(state(2))
     assert not unfinished[KEY].exists()
     # Perhaps somebody is still at it.
     assert unfinished[OTHER_KEY].exists()
+    resumed.clear()
+    assert somebodys.exists()
     os.utime(unfinished[OTHER_KEY], (0, 0))
-    kept.clear()
+    resumed.clear()
     assert not unfinished[OTHER_KEY].exists()
 
 

@@ -1,3 +1,7 @@
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ from braintumor.errors import UserError
 from braintumor.model import training
 from braintumor.model.checkpoints import Checkpoints, State
 from braintumor.model.densenet import Classifier, build_classifier, import_keras
+from braintumor.model.flat import Values
 from braintumor.model.training import Epoch, History, LabelledImages
 from braintumor.params import Params
 
@@ -24,31 +29,28 @@ def epoch(number: int, val_loss: float) -> Epoch:
     return Epoch(number, "head", 1.0, 0.5, val_loss, 0.5, 0.1, 1.0)
 
 
-class Weights:
-    """A network that is nothing but its weights."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def get_weights(self) -> list[int]:
-        return [self.value]
-
-
-def test_history_keeps_the_weights_of_the_lowest_validation_loss() -> None:
+def test_history_keeps_the_values_of_the_lowest_validation_loss() -> None:
     heard: list[Epoch] = []
-    history, network = History(on_epoch=heard.append), Weights()
+    asked: list[int] = []
+    history = History(on_epoch=heard.append)
+
+    def values(number: int) -> Values:
+        asked.append(number)
+        return {"decayed": np.array([number], np.float32)}
+
     for number, val_loss in enumerate((0.9, 0.4, 0.6), start=1):
-        network.value = number
-        history.add(epoch(number, val_loss), network)  # type: ignore[arg-type]
+        history.add(epoch(number, val_loss), partial(values, number))
     assert history.best is heard[1]
-    assert history.best_weights == [2]
+    assert history.best_values["decayed"] == [2]
+    # A copy of them costs time and memory.
+    assert asked == [1, 2]
     assert [row["val_loss"] for row in history.rows()] == [0.9, 0.4, 0.6]
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_loss_that_is_not_finite_ends_the_training(loss: float) -> None:
     with pytest.raises(UserError, match=r"lower train\.learning_rate"):
-        History(on_epoch=lambda row: None).add(epoch(1, loss), Weights())  # type: ignore[arg-type]
+        History(on_epoch=lambda row: None).add(epoch(1, loss), dict)
 
 
 def test_class_weights_make_all_classes_weigh_the_same(recipe: Params) -> None:
@@ -83,43 +85,21 @@ def test_score_is_the_mean_negative_log_likelihood() -> None:
     assert accuracy == 0.5
 
 
-def test_cosine_schedule_warms_up_and_ends_at_zero(recipe: Params) -> None:
-    rate = training.make_optimizer(recipe.train, total_steps=100)._learning_rate
-    rates = [float(rate(step)) for step in (0, 10, 55, 100)]
-    peak = recipe.train.learning_rate
-    assert rates == pytest.approx([peak * 0.01, peak, peak / 2, 0], abs=peak * 1e-3)
+def test_head_learns_from_features_of_the_frozen_backbone(recipe: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    applications = import_keras().applications
+    from keras.src.applications.densenet import DenseNet
 
-
-def test_constant_schedule_is_constant(recipe: Params) -> None:
-    train = recipe.train.model_copy(update={"schedule": "constant", "optimizer": "adam"})
-    assert float(training.make_optimizer(train, 100).learning_rate) == pytest.approx(train.learning_rate)
-
-
-def test_batches_hold_every_image_once_and_repeat_with_the_seed(recipe: Params) -> None:
-    train = labelled(10)
-
-    def batches(number: int) -> list[tuple[np.ndarray, ...]]:
-        return [
-            tuple(part.numpy() for part in batch) for batch in training.training_batches(train, recipe.train, number)
-        ]
-
-    first, again, other = batches(1), batches(1), batches(2)
-    assert [len(images) for images, _, _ in first] == [4, 4, 2]
-    assert np.concatenate([targets for _, targets, _ in first]).sum(axis=0).tolist() == [3, 3, 2, 2]
-    for one, two in zip(first, again, strict=True):
-        for left, right in zip(one, two, strict=True):
-            np.testing.assert_array_equal(left, right)
-    assert any((one[0] != two[0]).any() for one, two in zip(first, other, strict=True))
-    assert all(images.min() >= 0 and images.max() <= 255 for images, _, _ in first)
-
-
-def test_head_learns_from_features_of_the_frozen_backbone(recipe: Params) -> None:
+    # All kinds of layers, and fewer of them.
+    monkeypatch.setattr(applications, "DenseNet201", partial(DenseNet, [1, 1, 1, 1], name="densenet201"))
     training.make_reproducible(1)
     train = recipe.train.model_copy(update={"head_epochs": 30, "head_learning_rate": 0.01, "dropout": 0.0})
     classifier = build_classifier(train)
     before = [weight.copy() for weight in classifier.backbone.get_weights()]
     history, advanced = History(on_epoch=lambda row: None), []
-    training.fit_head(classifier, labelled(48), labelled(16, seed=1), train, history, lambda: advanced.append(1))
+    engine = training.make_engine(classifier, train, 48)
+    training.fit_head(
+        engine, classifier, labelled(48), labelled(16, seed=1), train, history, lambda: advanced.append(1)
+    )
     assert len(history.epochs) == len(advanced) == 30
     assert history.epochs[-1].train_loss < history.epochs[0].train_loss
     assert history.best is not None
@@ -146,19 +126,19 @@ def small_classifier(precision: str) -> Classifier:
 
 
 def trained(
-    train: Any, folder: Path | None = None, state: State | None = None
+    train: Any, state: State | None = None, advance: Callable[[], object] = lambda: None
 ) -> tuple[History, list[Any], list[State]]:
     """The history, all variables and the states of a training, which goes on from `state` where there is one."""
     classifier, history, states = small_classifier(train.precision), History(on_epoch=lambda row: None), []
+    engine = training.make_engine(classifier, train, 24)
     if state is None:
-        training.fit_head(classifier, labelled(24), labelled(16, seed=1), train, history, lambda: None)
-        states.append(training.state_of(classifier, history))
+        training.fit_head(engine, classifier, labelled(24), labelled(16, seed=1), train, history, lambda: None)
+        states.append(training.state_of(engine, history))
     else:
-        training.restore(classifier, history, state)
+        training.restore(engine, history, state)
     training.fine_tune(
-        classifier, labelled(24), labelled(16, seed=1), train, history, lambda: None,
-        on_state=states.append, optimizer_state=state.optimizer if state else (),
-    )  # fmt: skip
+        engine, labelled(24), labelled(16, seed=1), train, history, advance, states.append, state.step if state else 0
+    )
     return history, [variable.numpy() for variable in classifier.network.variables], states
 
 
@@ -174,65 +154,113 @@ def recipe_with(recipe: Params, **changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("optimizer", "precision", "ema_momentum", "resumed_after"),
     [
-        ("adamw", "float32", 0.0, (0, 2)),
-        ("adam", "mixed_float16", 0.8, (1,)),
-        ("sgd", "float32", 0.0, (1,)),
+        ("adamw", "float32", 0.0, ((3, 0), (4, 4))),
+        ("adam", "mixed_float16", 0.8, ((3, 2), (4, 0))),
+        ("sgd", "float32", 0.0, ((4, 6),)),
     ],
 )
 def test_training_goes_on_from_its_states_as_if_nothing_had_happened(
     recipe: Params,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     optimizer: str,
     precision: str,
     ema_momentum: float,
-    resumed_after: tuple[int, ...],
+    resumed_after: tuple[tuple[int, int], ...],
 ) -> None:
     decay = 0.0 if optimizer == "adam" else 0.01
     train = recipe_with(recipe, optimizer=optimizer, precision=precision, weight_decay=decay, ema_momentum=ema_momentum)
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY_S", -1)
     history, variables, states = trained(train)
-    assert len(states) == 4
+    # One after the head, after each of 6 steps, and after each epoch.
+    places = [(epochs, step) for epochs in (3, 4, 5) for step in range(7)] + [(6, 0)]
+    assert [(len(state.rows), state.step) for state in states] == places
     assert [(row["epoch"], row["phase"]) for row in history.rows()] == [
         (number, "head" if number <= 3 else "fine-tuning") for number in range(1, 7)
     ]
-    for number in resumed_after:
+    by_place = {(len(state.rows), state.step): state for state in states}
+    for number, place in enumerate(resumed_after):
         # As it comes back from its file.
-        state, key = states[number], f"{number:064}"
+        state, key = by_place[place], f"{number:064}"
         Checkpoints(tmp_path, key).save(state)
         again, resumed, later = trained(train, state=Checkpoints(tmp_path, key).load())
-        assert len(later) == 3 - number
+        assert len(later) == len(states) - 1 - states.index(state)
         assert figures(again) == figures(history)
-        assert again.rows()[: len(state.rows)] == history.rows()[: len(state.rows)]
+        assert again.rows()[: place[0]] == history.rows()[: place[0]]
         assert again.best is not None and history.best is not None
         assert again.best.epoch == history.best.epoch
+        # What the epoch had taken before counts.
+        assert again.epochs[place[0]].seconds > state.seconds
         for one, two in zip(resumed, variables, strict=True):
             np.testing.assert_array_equal(one, two)
 
 
-def test_averaged_weights_are_kept_while_the_training_goes_on_with_its_own(recipe: Params) -> None:
+def test_signal_in_an_epoch_is_acted_on_after_the_step_under_way(recipe: Params) -> None:
+    train, steps = recipe_with(recipe), []
+
+    def advance() -> None:
+        steps.append(1)
+        if len(steps) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    states: list[State] = []
+    classifier, history = small_classifier("float32"), History(on_epoch=lambda row: None)
+    engine = training.make_engine(classifier, train, 24)
+    with pytest.raises(SystemExit) as end:
+        training.fine_tune(engine, labelled(24), labelled(16), train, history, advance, states.append)
+    assert end.value.code == 143
+    assert [(len(state.rows), state.step) for state in states] == [(1, 0), (1, 2)]
+    assert len(steps) == 8
+
+
+def test_averaged_weights_are_judged_and_kept_while_the_training_goes_on_with_its_own(recipe: Params) -> None:
     train = recipe_with(recipe, epochs=2)
 
-    def tuned(params: Any) -> tuple[Classifier, list[list[np.ndarray]], list[State]]:
-        """The classifier, its weights after every step, and the states after the epochs."""
+    def tuned(params: Any) -> tuple[list[Any], list[Values], list[State]]:
+        """The network's kernels in the end, the values after every step, and the states after the epochs."""
         classifier, steps, states = small_classifier("float32"), [], []
+        engine = training.make_engine(classifier, params, 24)
         training.fine_tune(
-            classifier, labelled(24), labelled(16, seed=1), params, History(on_epoch=lambda row: None),
-            lambda: steps.append([variable.numpy() for variable in classifier.network.trainable_variables]),
-            on_state=states.append,
+            engine, labelled(24), labelled(16, seed=1), params, History(on_epoch=lambda row: None),
+            lambda: steps.append(engine.state()), states.append,
         )  # fmt: skip
-        return classifier, steps, states
+        return [np.ravel(variable.numpy()) for variable in classifier.network.trainable_variables], steps, states
 
     _, steps, plain = tuned(train)
-    classifier, _, averaged = tuned(train.model_copy(update={"ema_momentum": 0.8}))
+    found, _, averaged = tuned(train.model_copy(update={"ema_momentum": 0.8}))
     for own, expected in zip(averaged, plain, strict=True):
-        for one, two in zip(own.network, expected.network, strict=True):
-            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
-    averages = steps[0]
-    for weights in steps[1:]:
-        averages = [0.8 * average + 0.2 * weight for average, weight in zip(averages, weights, strict=True)]
+        for name in ("decayed", "undecayed"):
+            np.testing.assert_allclose(own.values[name], expected.values[name], rtol=1e-5, atol=1e-6)
+        assert own.rows[-1]["val_loss"] != expected.rows[-1]["val_loss"]
+    average = steps[0]["decayed"]
+    for values in steps[1:]:
+        average = 0.8 * average + 0.2 * values["decayed"]
     # The second epoch is the better one; its averages are the network's at the end.
     assert averaged[1].rows[1]["val_loss"] < averaged[1].rows[0]["val_loss"]
-    for variable, expected in zip(classifier.network.trainable_variables, averages, strict=True):
-        np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-4, atol=1e-5)
+    kernels = np.concatenate([found[0], found[4]])
+    np.testing.assert_allclose(kernels, average, rtol=1e-4, atol=1e-5)
+
+
+def test_state_of_another_network_changes_nothing(recipe: Params) -> None:
+    classifier, history = small_classifier("float32"), History(on_epoch=lambda row: None)
+    engines = {
+        optimizer: training.make_engine(classifier, recipe_with(recipe, optimizer=optimizer), 24)
+        for optimizer in ("sgd", "adamw")
+    }
+    history.add(epoch(1, 0.5), engines["sgd"].kept)
+    good = training.state_of(engines["sgd"], history)
+    training.check_state(engines["sgd"], good)
+    before = engines["adamw"].state()
+    shortened = dict(good.values, decayed=good.values["decayed"][1:])
+    for optimizer, state in (
+        ("adamw", good),
+        ("sgd", State(good.rows, 0, shortened, None)),
+        ("sgd", State(good.rows, 0, good.values, shortened)),
+    ):
+        with pytest.raises(ValueError, match="another network"):
+            training.restore(engines[optimizer], History(on_epoch=lambda row: None), state)
+    for name, value in engines["adamw"].state().items():
+        np.testing.assert_array_equal(value, before[name])
 
 
 def with_val_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float], done: int = 0) -> None:
@@ -271,10 +299,10 @@ def test_best_epoch_and_early_stopping_survive_a_resume(
             np.testing.assert_array_equal(one, two)
 
 
-def test_best_weights_are_stored_once_where_they_are_the_networks(
+def test_best_values_are_stored_once_where_they_are_the_present_ones(
     recipe: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_val_losses(monkeypatch, [1.0, 0.9, 0.95, 0.8, 0.85, 0.7])
     _, _, states = trained(recipe_with(recipe))
-    # The head ends with its best weights.
-    assert [state.best_weights is None for state in states] == [True, True, False, True]
+    # The head ends with its best values.
+    assert [state.best is None for state in states] == [True, True, False, True]
