@@ -310,7 +310,7 @@ def _draw_race(plt: Any, samples: Samples, file: Path) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds since the start of the process")
     axes.set_ylabel("validation accuracy")
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8)
     figure.savefig(file)
     plt.close(figure)
 

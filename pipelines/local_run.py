@@ -58,6 +58,7 @@ def run_local(profile: Profile, dataset: str, output: Path, *, is_forced: bool =
     from kfp.components import load_component_from_text
 
     _remove_retries(graph)
+    _run_loops_in_order(graph)
     pipeline = load_component_from_text(yaml.safe_dump(graph, sort_keys=False))
     output.mkdir(parents=True, exist_ok=True)
     earlier = set(output.iterdir())
@@ -106,6 +107,14 @@ def _remove_retries(content: object) -> None:
         content.pop("retryPolicy", None)
         for value in content.values():
             _remove_retries(value)
+
+
+def _run_loops_in_order(graph: dict[str, Any]) -> None:
+    # kfp's threads exchange the process's log and `print` for their own, and put back what they found there.
+    for component in graph["components"].values():
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            if "parameterIterator" in task:
+                task["iteratorPolicy"] = {"parallelismLimit": 1}
 
 
 class _Brief(io.TextIOBase):

@@ -21,8 +21,6 @@ from typing import Any
 import numpy as np
 
 from braintumor.artifacts import NO_ROOM, source_digest
-from braintumor.model.distribution import broadcast
-from braintumor.model.engine import Engine
 from braintumor.model.flat import Values
 from braintumor.object_store import PARTIAL, StoreError, open_store
 from braintumor.params import TrainParams
@@ -105,7 +103,7 @@ class Checkpoints:
             self._unfinished = self._partials(Path(self._store.address) / self._key)
         for name in reversed(names):
             with self._warning_once(f"hold {name.rpartition('/')[2]}, which is of no use"):
-                state = _unpack(self._read(name), self._key)
+                state = unpack(self._read(name), self._key)
                 check(state)
                 self._good = [name]
                 return state
@@ -116,7 +114,7 @@ class Checkpoints:
     def save(self, state: State) -> None:
         """The state stands at the address, with the one before it; after a failure the earlier ones stay."""
         with self._warning_once("can't be written"):
-            content = _pack(state, self._key)
+            content = pack(state, self._key)
             place = f"{len(state.rows):05d}-{state.step:08d}"
             name = f"{self._key}/{place}-{hashlib.sha256(content).hexdigest()}.npz"
             # A killed attempt's, which were there when this one began: nobody writes at them any more.
@@ -208,18 +206,6 @@ class Checkpoints:
         self._told.add(failure)
 
 
-def state_for_all(engine: Engine, state: State | None) -> State | None:
-    """The first worker's state, on every worker; what the others give is not looked at."""
-    if engine.placement.workers == 1:
-        return state
-    arrays = None
-    if state is not None:
-        packed = np.frombuffer(_pack(state, ""), np.uint8)
-        arrays = {"state": packed}
-    found = broadcast(engine.strategy, engine.placement, arrays)
-    return None if found is None else _unpack(found["state"].tobytes(), "")
-
-
 def clear_finished(key: object) -> None:
     """No state of the training `key`, whose model is safe, is left at BRAINTUMOR_CHECKPOINTS, where that is set."""
     address = os.environ.get(ADDRESS, "").strip()
@@ -237,7 +223,8 @@ def _unlink(files: Iterable[Path]) -> None:
         file.unlink(missing_ok=True)
 
 
-def _pack(state: State, key: str) -> bytes:
+def pack(state: State, key: str) -> bytes:
+    """The content of a checkpoint of the training `key`."""
     facts = {"format": FORMAT, "key": key, "rows": state.rows, "step": state.step, "is_best": state.best is None}
     facts["seconds"] = state.seconds
     parts = {"values": state.values, "best": state.best or {}}
@@ -247,7 +234,8 @@ def _pack(state: State, key: str) -> bytes:
     return buffer.getvalue()
 
 
-def _unpack(content: bytes, key: str) -> State:
+def unpack(content: bytes, key: str) -> State:
+    """The state that `pack` was given; raises ValueError for that of another training."""
     with np.load(io.BytesIO(content), allow_pickle=False) as archive:
         facts = json.loads(str(archive["facts"]))
         if facts["format"] != FORMAT:

@@ -12,9 +12,9 @@ from braintumor.errors import UserError
 from braintumor.interruption import deferred_interruptions
 from braintumor.labels import CLASS_NAMES
 from braintumor.model.batches import Batch, augmentation_draws, batches
-from braintumor.model.checkpoints import State
+from braintumor.model.checkpoints import State, pack, unpack
 from braintumor.model.densenet import Classifier, import_keras
-from braintumor.model.distribution import Placement, sum_over_workers
+from braintumor.model.distribution import Placement, broadcast, sum_over_workers
 from braintumor.model.engine import ALONE, Engine, Recipe
 from braintumor.model.flat import NAMES, Values
 from braintumor.model.image_store import Images
@@ -147,6 +147,15 @@ def restore(engine: Engine, history: History, state: State) -> None:
     history.epochs = [Epoch(**row) for row in state.rows]
     history.best = min(history.epochs, key=lambda epoch: epoch.val_loss, default=None)
     history.best_values = engine.kept() if state.best is None else state.best
+
+
+def state_for_all(engine: Engine, state: State | None) -> State | None:
+    """The first worker's state, on every worker; what the others give is not looked at."""
+    if engine.placement.workers == 1:
+        return state
+    packed = None if state is None else {"state": np.frombuffer(pack(state, ""), np.uint8)}
+    found = broadcast(engine.strategy, engine.placement, packed)
+    return None if found is None else unpack(found["state"].tobytes(), "")
 
 
 def fit_head(

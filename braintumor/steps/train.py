@@ -18,7 +18,7 @@ from braintumor.evidence.plots import plot_learning_curve
 from braintumor.evidence.predictions import make_predictions, write_table
 from braintumor.labels import CLASS_NAMES
 from braintumor.model import training
-from braintumor.model.checkpoints import Checkpoints, State, checkpoint_address, state_for_all, training_key
+from braintumor.model.checkpoints import Checkpoints, State, checkpoint_address, training_key
 from braintumor.model.densenet import Classifier, build_classifier, import_keras, weights_digest
 from braintumor.model.distribution import (
     Placement,
@@ -158,7 +158,7 @@ def _fit(
     Without `checkpoints` this is not the first worker, which tells the others where to go on.
     """
     state = checkpoints.load(lambda found: training.check_state(engine, found)) if checkpoints else None
-    state = state_for_all(engine, state)
+    state = training.state_for_all(engine, state)
     save = checkpoints.save if checkpoints else _forget
     first_step = state.step if state else 0
     resumed_after = (len(state.rows), state.step) if state else None
@@ -184,7 +184,7 @@ def _fit(
 def _take_over(engine: Engine, history: training.History) -> None:
     """All workers begin with the first one's values: by processors of different kinds they differ in rounding."""
     if engine.placement.workers > 1:
-        state = state_for_all(engine, training.state_of(engine, history))
+        state = training.state_for_all(engine, training.state_of(engine, history))
         assert state is not None
         training.restore(engine, history, state)
 

@@ -22,27 +22,35 @@ STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text
 # there is no stage and no command.
 PARTS_OF_VALIDATE = ("scan", "gather", "match")
 # What changes how a step tells, stores or records its result, and never the result itself.
-NO_INFLUENCE = {"braintumor", "braintumor.artifacts", "braintumor.errors", "braintumor.params", "braintumor.progress"}
+NO_INFLUENCE = {
+    "braintumor",
+    *(f"braintumor.{name}" for name in ("artifacts", "errors", "interruption", "params", "progress")),
+}
+# How the copies are searched for among very many images; `validate` alone searches.
+SEARCH = {"braintumor.data.fingerprint_store", "braintumor.data.neighbours"}
 RECORDS = ("braintumor.registry.",)
 # Of the registry's modules, those that shape a step's result.
 OF_THE_REGISTRY = {"gate": {"braintumor.registry.policy"}, "evaluate": {"braintumor.registry.champion"}}
 # They bring the same bytes, verified, from wherever they lie.
 TRANSPORT = {"braintumor.object_store", "braintumor.data.dvc_remote", "braintumor.data.dataset_cache"}
 # The data version and the split are checked through these; their own results are files that the stage depends on.
-CHECKS = {
+CHECKS = SEARCH | {
     f"braintumor.data.{name}"
     for name in ("manifest", "masks", "duplicates", "oddities", "patients", "splits", "split_check")
 }
 # They make what MLflow is shown of the data, beside the step's result.
 SHOWN_IN_THE_RUN = {"braintumor.data.profile", "braintumor.data.privacy"}
+CLEARING = ("checkpoints", "densenet", "flat")
 EXEMPT = {
     # A stage has no shards.
     "validate": {"braintumor.data.shards"},
-    "split": {f"braintumor.data.{name}" for name in ("masks", "oddities", "patients", "split_check")},
+    "split": SEARCH | {f"braintumor.data.{name}" for name in ("masks", "oddities", "patients", "split_check")},
     # It only shares the module with the step that publishes evaluations.
     "train": CHECKS | SHOWN_IN_THE_RUN | {"braintumor.evidence.plots", "braintumor.evidence.verdicts"},
     # It clears what the training left for a next attempt. Masks, planes and privacy decide what its report shows.
-    "evaluate": (CHECKS | SHOWN_IN_THE_RUN | {"braintumor.model.densenet", "braintumor.model.checkpoints"})
+    "evaluate": (
+        CHECKS | SHOWN_IN_THE_RUN | {f"braintumor.model.{name}" for name in ("densenet", "checkpoints", "flat")}
+    )
     - {f"braintumor.data.{name}" for name in ("masks", "patients", "privacy")},
     "gate": SHOWN_IN_THE_RUN,
 }

@@ -73,6 +73,24 @@ def test_rows_are_sorted_and_the_bytes_depend_neither_on_place_nor_on_the_number
     assert data_md5 == "0" * 32
 
 
+def test_fingerprints_of_many_images_wait_on_disk_and_the_survey_is_the_same(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    in_memory = survey(dataset, 1, 0.9)
+    monkeypatch.setattr(manifest, "FINGERPRINTS_IN_MEMORY", 0)
+    monkeypatch.setattr(manifest, "ROWS_IN_A_BATCH", 1)
+    sizes: list[int] = []
+    on_disk = survey(
+        dataset, 1, 0.9, lambda: sizes.append(len(list(scratch.glob("fingerprints-*/.*.part")))), scratch=scratch
+    )
+    assert sizes == [1] * len(in_memory.images)
+    assert list(scratch.iterdir()) == []
+    pd.testing.assert_frame_equal(on_disk.images, in_memory.images)
+    assert on_disk.data_md5 == in_memory.data_md5
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(b"", "is empty (0 bytes)"), (b"GIF, or not", "is not an image"), (None, "is damaged")],

@@ -238,7 +238,8 @@ def reseal(folder: Path, **changes: Any) -> None:
     [
         ("missing", "lacks 0"), ("doubled", "more than once"), ("other correlation", "copy_correlation"),
         ("other data", "is of data"), ("matches of other data", "data_md5"), ("resealed", "is not what the task"),
-        ("survey resealed", "is not what the task"), ("search resealed", "of another search"), ("stale", "are of another|is of data"), ("none", "nothing of"),
+        ("search resealed", "of another search"), ("survey resealed", "is not what the task"),
+        ("stale", "are of another|is of data"), ("none", "nothing of"),
     ],
 )  # fmt: skip
 def test_matches_and_surveys_that_are_not_of_this_validation_are_refused(
