@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from braintumor.artifacts import read_json, sha256_of_file, write_json
 from braintumor.data.duplicates import (
+    SEARCH_BLOCK,
     Links,
     OnBlock,
     build_index,
@@ -183,7 +184,7 @@ def write_match(
         if not len(fingerprints) == index.count == facts["n_images"]:
             raise UserError(f"{search} holds fingerprints and an index of different images; {AGAIN}")
         part = parts(len(fingerprints), share.count)[share.number]
-        links = find_links(fingerprints, index, part, copy_correlation, start(len(part)))
+        links = find_links(fingerprints, index, part, copy_correlation, start(-(-len(part) // SEARCH_BLOCK)))
     table = pa.table([pa.array(links.first), pa.array(links.second)], schema=LINKS_SCHEMA)
     pq.write_table(table, folder / LINKS, compression="zstd")
     whole = {name: facts[name] for name in OF_THE_DATA}
