@@ -180,9 +180,16 @@ def append(client: "MlflowClient", model_name: str, tail: Recorded | None, entry
     )
     run_id = run.info.run_id
     sha256 = _sha256(text)
-    client.log_batch(run_id, params=[Param(ENTRY, text), Param(ENTRY_SHA256, sha256)], synchronous=True)
+    try:
+        client.log_batch(run_id, params=[Param(ENTRY, text), Param(ENTRY_SHA256, sha256)], synchronous=True)
+    except Exception:
+        # Whoever was faster tidies away what comes too late, perhaps while it is written.
+        if NEXT in client.get_run(before.info.run_id).data.params:
+            raise LedgerMoved from None
+        raise
     if not _becomes_successor(client, before.info.run_id, run_id):
-        client.delete_run(run_id)
+        with suppress(Exception):
+            client.delete_run(run_id)
         raise LedgerMoved
     recorded = Recorded(entry, sha256, run_id, is_open=True, hook="")
     _show(client, model_name, recorded)
