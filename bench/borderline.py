@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from braintumor.data.contact_sheets import TILE_PX, compose
+from braintumor.data.contents import list_contents
 from braintumor.data.duplicates import SYMMETRIES, correlations, fingerprint, similar_pairs
-from braintumor.data.manifest import list_contents
 from braintumor.model.images import decode_grey
 from braintumor.params import load_params
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from braintumor import artifacts
-from braintumor.data.manifest import list_contents
+from braintumor.data.contents import list_contents
 from braintumor.data.masks import load_masks
 from braintumor.evidence.explanation import overlap_of, pointing_game, rank_correlation
 from braintumor.labels import CLASS_NAMES

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from braintumor.artifacts import write_json
-from braintumor.data.manifest import dataset_md5
+from braintumor.data.contents import dataset_md5
 from braintumor.object_store import open_store
 
 KEY, SECRET = "bench", "bench-secret"

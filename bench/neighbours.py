@@ -39,7 +39,8 @@ from braintumor.data.duplicates import (
     similar_pairs,
 )
 from braintumor.data.fingerprint_store import FINGERPRINT_PX, ROW_BYTES, FingerprintFiles, FingerprintWriter
-from braintumor.model.images import IMAGE_SUFFIXES, decode_grey
+from braintumor.labels import IMAGE_SUFFIXES
+from braintumor.model.images import decode_grey
 
 BLOCK = 512
 

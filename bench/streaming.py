@@ -29,10 +29,10 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from braintumor.artifacts import sha256_of_file, write_json
-from braintumor.labels import CLASS_NAMES
+from braintumor.labels import CLASS_NAMES, IMAGE_SUFFIXES
 from braintumor.model.batches import Batch, batches
 from braintumor.model.image_store import Images, open_images
-from braintumor.model.images import IMAGE_SUFFIXES, load_images
+from braintumor.model.images import load_images
 from braintumor.params import TrainParams, load_params
 
 N_PICTURES = 2000

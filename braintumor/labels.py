@@ -6,6 +6,7 @@ import re
 CLASS_NAMES = ("glioma", "meningioma", "notumor", "pituitary")
 NO_TUMOUR = "notumor"
 DECLARED_SPLITS = ("train", "test")
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
 SPLIT_NAMES = ("train", "val", "calibration", "test")
 # The origin, in groups.csv, of an image that shows nobody.
 PHANTOM = "phantom"

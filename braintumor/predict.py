@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braintumor.errors import UserError
-from braintumor.labels import CLASS_NAMES
-from braintumor.model.images import IMAGE_SUFFIXES, UnreadableImage, decode_grey, resize_square
+from braintumor.labels import CLASS_NAMES, IMAGE_SUFFIXES
+from braintumor.model.images import UnreadableImage, decode_grey, resize_square
 from braintumor.model.inference import Outputs, image_size_px, load_classifier, predict
 from braintumor.model.saved import model_digest
 from braintumor.params import load_params

@@ -15,6 +15,7 @@ import pandas as pd
 from braintumor.artifacts import GROUPS_FILE, replacing_directory, write_text
 from braintumor.data import patients
 from braintumor.data.arrivals import LIKENESSES, Arrivals, Likeness, Match, compare
+from braintumor.data.contents import list_contents
 from braintumor.data.intake import (
     DEFAULT_RULE,
     Opened,
@@ -26,7 +27,6 @@ from braintumor.data.intake import (
     resolved,
 )
 from braintumor.data.layout import Place, distinct_names
-from braintumor.data.manifest import list_contents
 from braintumor.data.next_version import Counts, carry_over, count_images, link, show_change, workplace
 from braintumor.data.pseudonyms import refuse_other_key
 from braintumor.data.slices import SliceRule

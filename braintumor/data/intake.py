@@ -16,9 +16,8 @@ import yaml
 
 from braintumor.artifacts import GROUPS_FILE, replacing_directory
 from braintumor.data import patients
+from braintumor.data.contents import MASKS, dataset_md5, is_hidden, mask_path
 from braintumor.data.layout import Plan, distinct_names, plan_places
-from braintumor.data.manifest import dataset_md5, is_hidden
-from braintumor.data.masks import MASKS, mask_path
 from braintumor.data.next_version import Counts, count_images, show_change, total, workplace
 from braintumor.data.slices import SliceRule
 from braintumor.data.sources import (
@@ -33,8 +32,7 @@ from braintumor.data.sources import (
 )
 from braintumor.data.volumes import VolumeSummary, convert_volumes, is_volume
 from braintumor.errors import UserError, name_some
-from braintumor.labels import CLASS_NAMES, DECLARED_SPLITS
-from braintumor.model.images import IMAGE_SUFFIXES
+from braintumor.labels import CLASS_NAMES, DECLARED_SPLITS, IMAGE_SUFFIXES
 from braintumor.progress import Progress, silent
 
 DESKTOP_FILES = (".DS_Store", "Thumbs.db")

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from braintumor.artifacts import GROUPS_FILE
-from braintumor.data.manifest import is_hidden
-from braintumor.data.masks import mask_path
+from braintumor.data.contents import is_hidden, mask_path
 from braintumor.data.sources import printable
 from braintumor.errors import UserError, name_some
-from braintumor.labels import CLASS_FOLDERS, SPLIT_FOLDERS
-from braintumor.model.images import IMAGE_SUFFIXES
+from braintumor.labels import CLASS_FOLDERS, IMAGE_SUFFIXES, SPLIT_FOLDERS
 
 LAYOUT = (
     "expected are Training/ and Testing/ (or train/, test/), each with the folders glioma, meningioma, notumor and "

@@ -1,14 +1,11 @@
 """The manifest: one row an image, with all that later steps have to know of it, and the version of the data set."""
 
 import hashlib
-import json
 import multiprocessing
 import os
-import stat
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from braintumor.artifacts import GROUPS_FILE, MANIFEST
+from braintumor.data.contents import Contents, file_md5s, list_contents, unopened, version_md5
 from braintumor.data.duplicates import fingerprint, group_copies
 from braintumor.data.fingerprint_store import (
     FINGERPRINT_PX,
@@ -30,18 +28,14 @@ from braintumor.data.fingerprint_store import (
     FingerprintStore,
     FingerprintWriter,
 )
-from braintumor.data.masks import mask_path
 from braintumor.data.oddities import measure_oddities
 from braintumor.data.patients import refuse_strangers, rows_of
 from braintumor.errors import UserError, name_some
-from braintumor.labels import CLASS_NAMES, DECLARED_SPLITS, PHANTOM
-from braintumor.model.images import IMAGE_SUFFIXES, UnreadableImage, open_image, to_grey
+from braintumor.labels import PHANTOM
+from braintumor.model.images import UnreadableImage, open_image, to_grey
 
 MADE_BY = "braintumor validate"
 DATA_MD5_KEY = b"data_md5"
-# What DVC never takes into a version, whatever .dvcignore says.
-UNVERSIONED_FOLDERS = frozenset({".git", ".hg", ".dvc"})
-UNVERSIONED_FILES = frozenset({".git"})
 # Starting a pool of processes takes longer than reading so few images.
 WORTH_A_POOL = 1000
 # More are kept on disk: so many are 180 MiB.
@@ -88,43 +82,12 @@ OnImage = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Contents:
-    """The files of a data set, as POSIX paths relative to it, sorted."""
-
-    images: list[str]  # {train,test}/<class>/<name>
-    masks: list[str]  # of lesions in these images: masks/{train,test}/<class>/<name without suffix>.png
-    misplaced: list[str]  # images anywhere else, and masks of no image or of several
-    ignored: list[str]  # hidden files and other suffixes
-    versioned: list[str]  # all that DVC counts, groups.csv included
-
-
-@dataclass(frozen=True)
 class Survey:
     """A data set after every image was read: the manifest's frame and what stands beside the images."""
 
     images: pd.DataFrame
     contents: Contents
     data_md5: str
-
-
-def list_contents(dataset: Path) -> Contents:
-    """All files of `dataset`, by what they are; no image is opened."""
-    if not dataset.is_dir():
-        raise UserError(f"{dataset} is missing; run 'dvc pull' or 'braintumor data import', or mend --dataset")
-    versioned = sorted(_walk(dataset))
-    visible = [path for path in versioned if not is_hidden(PurePosixPath(path))]
-    pictures = [path for path in visible if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES]
-    images = [path for path in pictures if _stands_in_a_class(path)]
-    of_images = Counter(mask_path(path) for path in images)
-    masks = [path for path in pictures if of_images[path] == 1]
-    taken = {*pictures, GROUPS_FILE}
-    return Contents(
-        images=images,
-        masks=masks,
-        misplaced=sorted(set(pictures) - set(images) - set(masks)),
-        ignored=[path for path in versioned if path not in taken],
-        versioned=versioned,
-    )
 
 
 def survey(
@@ -179,39 +142,6 @@ def compose(dataset: Path, contents: Contents, rows: pa.Table, groups: Sequence[
     return Survey(_as_frame(rows.select(SCHEMA.names)), contents, data_md5)
 
 
-def dataset_md5(dataset: Path) -> str:
-    """The md5 that DVC gives the folder (`outs[0].md5` of data.dvc, without '.dir'), computed from the files.
-
-    Patterns in a .dvcignore outside the folder are not applied; one inside it is refused, as DVC does.
-    """
-    return version_md5(file_md5s(dataset, list_contents(dataset).versioned))
-
-
-def version_md5(md5s: Mapping[str, str]) -> str:
-    """DVC's md5 of a folder whose files have these md5s (dvc_data.hashfile.tree.Tree.digest)."""
-    digest = hashlib.md5(b"[", usedforsecurity=False)
-    for number, path in enumerate(sorted(md5s)):
-        entry = json.dumps({"md5": md5s[path], "relpath": path}, sort_keys=True)
-        digest.update((", " * (number > 0) + entry).encode())
-    digest.update(b"]")
-    return digest.hexdigest()
-
-
-def file_md5s(dataset: Path, paths: Sequence[str]) -> dict[str, str]:
-    """The md5 of each file."""
-
-    def md5(path: str) -> str:
-        try:
-            with (dataset / path).open("rb") as file:
-                return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-        except OSError as error:
-            raise _unopened(dataset / path, error) from error
-
-    # Hashing and reading release the interpreter lock: threads are enough.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(paths, pool.map(md5, paths), strict=True))
-
-
 def write_manifest(images: pd.DataFrame, data_md5: str, path: Path) -> None:
     """`images` stand in `path`, sorted, with `data_md5` in the schema's metadata; the same rows give the same bytes."""
     ordered = images.sort_values("path", ignore_index=True)
@@ -236,51 +166,6 @@ def load_manifest(path: Path) -> tuple[pd.DataFrame, str]:
     return _as_frame(table.select(SCHEMA.names)), data_md5
 
 
-def _walk(dataset: Path) -> Iterator[str]:
-    # Links to folders are not followed, links to files are: DVC does both so.
-    for folder, folders, files in os.walk(dataset, onerror=_refuse_folder):
-        folders[:] = [name for name in folders if name not in UNVERSIONED_FOLDERS]
-        for name in files:
-            if name in UNVERSIONED_FILES:
-                continue
-            path = Path(folder, name)
-            _refuse_oddities(path)
-            yield path.relative_to(dataset).as_posix()
-
-
-def _refuse_oddities(path: Path) -> None:
-    try:
-        str(path).encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(f"{str(path)!a} has a name that is not UTF-8; rename the file") from None
-    if path.name == ".dvcignore":
-        raise UserError(f"{path} stands inside a data set, which DVC refuses; move it to the project's root")
-    try:
-        is_regular = stat.S_ISREG(path.stat().st_mode)
-    except OSError as error:
-        raise _unopened(path, error) from error
-    if not is_regular:
-        raise UserError(f"{path} is neither a file nor a folder; remove it")
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise _unopened(Path(error.filename), error) from error
-
-
-def _unopened(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} can't be opened ({error.strerror}); mend it, or remove it and run 'dvc checkout'")
-
-
-def is_hidden(path: PurePosixPath) -> bool:
-    """Whether the path is what desktops and tools leave, rather than a person."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-
-
-def _stands_in_a_class(path: str) -> bool:
-    parts = PurePosixPath(path).parts
-    return len(parts) == 3 and parts[0] in DECLARED_SPLITS and parts[1] in CLASS_NAMES
-
-
 @dataclass(frozen=True)
 class Known:
     """What groups.csv says of an image."""
@@ -295,7 +180,7 @@ def _read_groups(dataset: Path, images: Sequence[str]) -> dict[str, Known]:
     try:
         rows = rows_of(dataset)
     except OSError as error:
-        raise _unopened(file, error) from error
+        raise unopened(file, error) from error
     refuse_strangers(rows, images, str(file))
     origins = rows["origin"].str.strip() if "origin" in rows.columns else pd.Series("", index=rows.index)
     if strange := sorted(set(origins) - {"", PHANTOM}):
@@ -306,7 +191,8 @@ def _read_groups(dataset: Path, images: Sequence[str]) -> dict[str, Known]:
     }
 
 
-def _examine_all(dataset: Path, paths: Sequence[str], workers: int) -> Iterator[tuple[dict[str, Any], Fingerprints]]:
+def examine_all(dataset: Path, paths: Sequence[str], workers: int) -> Iterator[tuple[dict[str, Any], Fingerprints]]:
+    """What each image says by itself, a row of EXAMINED, and its fingerprint, in the order of `paths`."""
     processes = min(workers or os.cpu_count() or 1, 61)
     if processes == 1 or len(paths) < WORTH_A_POOL:
         yield from (_examine(dataset, path) for path in paths)
@@ -329,7 +215,7 @@ def _examine(dataset: Path, path: str) -> tuple[dict[str, Any], Fingerprints]:
     try:
         size_bytes, md5, sha256 = _digests(file)
     except OSError as error:
-        raise _unopened(file, error) from error
+        raise unopened(file, error) from error
     record: dict[str, Any] = {
         "path": path,
         "label": label,
@@ -390,7 +276,7 @@ def _examine_to_table(
     """What each image says by itself; `keep` is given the fingerprints, each with its number."""
     records: list[dict[str, Any]] = []
     batches = []
-    for number, (record, its_fingerprint) in enumerate(_examine_all(dataset, paths, workers)):
+    for number, (record, its_fingerprint) in enumerate(examine_all(dataset, paths, workers)):
         records.append(record)
         keep(number, its_fingerprint)
         on_image()

@@ -4,19 +4,13 @@ White is within the lesion. An image without a mask is one whose lesion nobody o
 """
 
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from braintumor.data.contents import mask_path
 from braintumor.model.images import decode_grey, resize_square
-
-MASKS = "masks"
-
-
-def mask_path(image: str) -> str:
-    """Where the mask of an image stands, if it has one; both are POSIX paths relative to the data set."""
-    return str(PurePosixPath(MASKS) / PurePosixPath(image).with_suffix(".png"))
 
 
 def load_masks(dataset: Path, paths: Sequence[str], size_px: int) -> dict[int, NDArray[np.bool_]]:

@@ -15,9 +15,8 @@ import pandas as pd
 
 from braintumor.artifacts import GROUPS_FILE, replacing_directory
 from braintumor.data import patients
+from braintumor.data.contents import list_contents, mask_path
 from braintumor.data.layout import distinct_names
-from braintumor.data.manifest import list_contents
-from braintumor.data.masks import mask_path
 from braintumor.data.next_version import Counts, brief, carry_over, count_images, link, show_change, workplace
 from braintumor.errors import UserError, name_some
 from braintumor.labels import CLASS_FOLDERS, CLASS_NAMES, DECLARED_SPLITS

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from braintumor.artifacts import GROUPS_FILE, replacing_directory
-from braintumor.data.masks import mask_path
+from braintumor.data.contents import mask_path
 from braintumor.errors import UserError
 from braintumor.labels import CLASS_NAMES, NO_TUMOUR, PHANTOM, PLANE
 from braintumor.progress import Progress, silent

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from braintumor.artifacts import read_json, sha256_of_file, write_json
+from braintumor.data.contents import Contents, file_md5s, is_hidden, list_contents, stands_in_a_class, version_md5
 from braintumor.data.duplicates import (
     SEARCH_BLOCK,
     Links,
@@ -36,28 +37,13 @@ from braintumor.data.duplicates import (
 )
 from braintumor.data.dvc_remote import is_md5, list_version, open_remote
 from braintumor.data.fingerprint_store import FingerprintFiles, FingerprintWriter
-from braintumor.data.manifest import (
-    SCHEMA,
-    Contents,
-    OnImage,
-    Survey,
-    _examine_all,
-    _stands_in_a_class,
-    compose,
-    file_md5s,
-    is_hidden,
-    list_contents,
-    version_md5,
-)
+from braintumor.data.manifest import EXAMINED, OnImage, Survey, compose, examine_all
 from braintumor.errors import UserError, name_some
-from braintumor.model.images import IMAGE_SUFFIXES
+from braintumor.labels import IMAGE_SUFFIXES
 
 ROWS, FINGERPRINTS, COPY_INDEX = "rows.parquet", "fingerprints.npy", "copy_index.npz"
 LINKS, SEAL = "links.parquet", "seal.json"
 SHARD_FILES = frozenset({ROWS, FINGERPRINTS, COPY_INDEX, LINKS, SEAL})
-# What an image says by itself, without groups.csv and the other images.
-OF_THE_SET = ("patient", "is_phantom", "duplicate_group")
-EXAMINED = pa.schema([field for field in SCHEMA if field.name not in OF_THE_SET])
 AGAIN = "run the validation's tasks again, without their cached results"
 # Rows held at once while a scan is written, and fingerprints while they are gathered: a few MiB each.
 BATCH = 512
@@ -120,7 +106,7 @@ def list_images(dataset: Path) -> tuple[str, list[str]]:
     if not dataset.is_dir() and is_md5(str(dataset)):
         listing = (PurePosixPath(path) for path in list_version(str(dataset), open_remote()))
         images = [path for path in listing if path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path)]
-        return str(dataset), sorted(filter(_stands_in_a_class, map(str, images)))
+        return str(dataset), sorted(filter(stands_in_a_class, map(str, images)))
     contents = list_contents(dataset)
     return version_md5(file_md5s(dataset, contents.versioned)), contents.images
 
@@ -135,7 +121,7 @@ def write_scan(
         FingerprintWriter(folder / FINGERPRINTS) as fingerprints,
         pq.ParquetWriter(folder / ROWS, EXAMINED, compression="zstd") as rows,
     ):
-        for record, fingerprint in _examine_all(dataset, paths, workers):
+        for record, fingerprint in examine_all(dataset, paths, workers):
             records.append(record)
             fingerprints.append(fingerprint)
             on_image()

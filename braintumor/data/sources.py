@@ -13,7 +13,7 @@ from lzma import LZMAError
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Protocol
 
-from braintumor.data.manifest import is_hidden
+from braintumor.data.contents import is_hidden
 from braintumor.errors import UserError, name_some
 from braintumor.progress import Progress
 

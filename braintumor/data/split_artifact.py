@@ -98,7 +98,7 @@ def test_md5(rows: pd.DataFrame, md5_of: Mapping[str, str]) -> str:
 
 def refuse_other_data(dataset: Path, data_md5: str, named_in: Path) -> None:
     """Raise UserError unless the files in `dataset` are the version `data_md5`."""
-    from braintumor.data.manifest import dataset_md5
+    from braintumor.data.contents import dataset_md5
 
     found = dataset_md5(dataset)
     if found != data_md5:

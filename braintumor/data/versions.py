@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from braintumor.artifacts import GROUPS_FILE
+from braintumor.data.contents import file_md5s, list_contents, version_md5
 from braintumor.data.dvc_remote import LATEST, is_md5, list_version, open_remote
-from braintumor.data.manifest import file_md5s, list_contents, version_md5
 from braintumor.data.published import read_published
 
 

@@ -16,9 +16,9 @@ import pandas as pd
 from PIL import Image
 
 from braintumor.artifacts import GROUPS_FILE
+from braintumor.data.contents import is_hidden
 from braintumor.data.dicom import DICOM_SUFFIXES, Header, has_magic, read_header, read_series, silence
 from braintumor.data.layout import plan_places
-from braintumor.data.manifest import is_hidden
 from braintumor.data.next_version import link
 from braintumor.data.nifti import MASKS, bids_subject, case_name, is_mask, is_mask_of, is_nifti, read_nifti
 from braintumor.data.patients import COLUMNS, read_rows, write_rows
@@ -26,8 +26,8 @@ from braintumor.data.pseudonyms import PATIENT_KEY_VARIABLE, patient_key, pseudo
 from braintumor.data.slices import LeftOut, Refused, SliceRule, choose_slices, show_slice
 from braintumor.data.sources import printable
 from braintumor.errors import UserError, name_some
-from braintumor.labels import PLANE, PLANES, SPLIT_FOLDERS, UNKNOWN_PATIENT_PREFIX
-from braintumor.model.images import IMAGE_SUFFIXES, Grey
+from braintumor.labels import IMAGE_SUFFIXES, PLANE, PLANES, SPLIT_FOLDERS, UNKNOWN_PATIENT_PREFIX
+from braintumor.model.images import Grey
 from braintumor.progress import Progress, silent
 
 OUTSIDE = "DICOM and NIfTI files outside the class folders"

@@ -12,7 +12,6 @@ from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageEr
 
 from braintumor.errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
 # Pillow knows forty formats more, and would start Ghostscript for a PostScript file that is named .jpg.
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 # A slice is at most a few megapixels; a larger picture is a mistake or an attack on memory.

@@ -22,9 +22,10 @@ from braintumor.artifacts import (
     sha256_of_file,
     write_json,
 )
+from braintumor.data.contents import file_md5s, list_contents, version_md5
 from braintumor.data.duplicates import measure_leakage
 from braintumor.data.dvc_remote import open_dataset
-from braintumor.data.manifest import file_md5s, list_contents, load_manifest, version_md5
+from braintumor.data.manifest import load_manifest
 from braintumor.data.split_artifact import test_md5
 from braintumor.data.splits import Splits, make_splits, side_of, sizes_by_class
 from braintumor.errors import UserError, name_some

@@ -16,12 +16,13 @@ from braintumor.artifacts import (
     replacing_directory,
     write_json,
 )
+from braintumor.data.contents import file_md5s, list_contents, version_md5
 from braintumor.data.data_docs import write_data_docs
 from braintumor.data.difference import as_json, compare
 from braintumor.data.duplicates import measure_leakage
 from braintumor.data.dvc_remote import open_dataset
 from braintumor.data.expectations import Finding, check_expectations
-from braintumor.data.manifest import file_md5s, list_contents, survey, version_md5, write_manifest
+from braintumor.data.manifest import survey, write_manifest
 from braintumor.data.oddities import odd_kinds, write_odd_images
 from braintumor.data.profile import load_accepted, make_profile, write_profile
 from braintumor.data.shards import Shards, assemble

@@ -20,9 +20,9 @@ import pytest
 
 from braintumor import object_store
 from braintumor.data import published
+from braintumor.data.contents import dataset_md5
 from braintumor.data.dataset_cache import DatasetCache, Limits
 from braintumor.data.dvc_remote import materialise, object_key, open_dataset
-from braintumor.data.manifest import dataset_md5
 from braintumor.data.published import POINTER, publish, read_published
 from braintumor.errors import UserError
 from braintumor.object_store import CONNECTIONS, ObjectChanged, Store, fetch_object, open_store

@@ -25,7 +25,7 @@ import pandas as pd
 import pytest
 
 from braintumor.artifacts import read_json, sha256_of_file, write_json
-from braintumor.data.manifest import dataset_md5
+from braintumor.data.contents import dataset_md5
 from braintumor.data.split_artifact import SPLIT_FACTS
 from braintumor.model.checkpoints import clear_finished
 from braintumor.params import load_params

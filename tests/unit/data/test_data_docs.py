@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 
 from braintumor.data import data_docs, oddities
+from braintumor.data.contents import Contents
 from braintumor.data.data_docs import write_data_docs
 from braintumor.data.difference import as_json, compare
 from braintumor.data.duplicates import measure_leakage
 from braintumor.data.expectations import Finding
 from braintumor.data.html_page import Html, bar, table
-from braintumor.data.manifest import Contents, Survey, survey
+from braintumor.data.manifest import Survey, survey
 from braintumor.data.oddities import odd_kinds
 from braintumor.data.profile import Accepted, make_profile
 from braintumor.params import Params

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from braintumor.data import dataset_cache
+from braintumor.data.contents import dataset_md5
 from braintumor.data.dataset_cache import SECONDS_A_DAY, DatasetCache, Limits
 from braintumor.data.dvc_remote import list_version, materialise, object_key, open_dataset, read_listing
-from braintumor.data.manifest import dataset_md5
 from braintumor.errors import UserError
 from braintumor.object_store import Store, open_store
 

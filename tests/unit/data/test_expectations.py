@@ -10,10 +10,11 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
+from braintumor.data.contents import Contents
 from braintumor.data.difference import compare
 from braintumor.data.duplicates import measure_leakage
 from braintumor.data.expectations import Finding, check_expectations
-from braintumor.data.manifest import SCHEMA, Contents, Survey
+from braintumor.data.manifest import SCHEMA, Survey
 from braintumor.data.oddities import KINDS, odd_kinds
 from braintumor.data.privacy import shown_names
 from braintumor.data.profile import Accepted, make_profile

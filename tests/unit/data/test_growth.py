@@ -12,8 +12,8 @@ from scipy.ndimage import gaussian_filter
 
 from braintumor.artifacts import GROUPS_FILE
 from braintumor.data.arrivals import Arrivals, Match
+from braintumor.data.contents import dataset_md5
 from braintumor.data.growth import AddSummary, add_images, judge
-from braintumor.data.manifest import dataset_md5
 from braintumor.data.slices import SliceRule
 from braintumor.errors import UserError
 

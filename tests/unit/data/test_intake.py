@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from braintumor.data.contents import dataset_md5
 from braintumor.data.intake import import_dataset
 from braintumor.data.layout import HIDDEN, NOT_IMAGES, OUTSIDE
-from braintumor.data.manifest import dataset_md5
 from braintumor.errors import UserError
 
 KAGGLE = (

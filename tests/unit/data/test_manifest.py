@@ -14,7 +14,8 @@ import yaml
 from PIL import Image
 
 from braintumor.data import manifest
-from braintumor.data.manifest import dataset_md5, list_contents, load_manifest, survey, write_manifest
+from braintumor.data.contents import dataset_md5, list_contents
+from braintumor.data.manifest import load_manifest, survey, write_manifest
 from braintumor.errors import UserError
 
 

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from braintumor.data.contents import list_contents, mask_path
 from braintumor.data.growth import add_images
 from braintumor.data.intake import import_dataset
 from braintumor.data.layout import OUTSIDE
-from braintumor.data.manifest import list_contents
-from braintumor.data.masks import load_masks, mask_path
+from braintumor.data.masks import load_masks
 from braintumor.data.relabel import relabel, removed_folder
 
 IMAGES = ("train/glioma/a.jpg", "train/glioma/b.jpg", "test/pituitary/c.jpg", "test/notumor/d.jpg")

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from braintumor.artifacts import GROUPS_FILE
+from braintumor.data.contents import dataset_md5
 from braintumor.data.growth import add_images
-from braintumor.data.manifest import dataset_md5
 from braintumor.data.relabel import RelabelSummary, relabel
 from braintumor.errors import UserError
 

@@ -14,8 +14,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from braintumor.artifacts import GROUPS_FILE
 from braintumor.data import sample
-from braintumor.data.manifest import list_contents
-from braintumor.data.masks import load_masks, mask_path
+from braintumor.data.contents import list_contents, mask_path
+from braintumor.data.masks import load_masks
 from braintumor.data.sample import Phantom, draw_patient, draw_sample
 from braintumor.errors import UserError
 from braintumor.labels import CLASS_NAMES

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from braintumor.artifacts import ACCEPTED
+from braintumor.data.contents import dataset_md5
 from braintumor.data.dvc_remote import object_key, open_dataset
-from braintumor.data.manifest import dataset_md5
 from braintumor.data.profile import write_accepted
 from braintumor.data.shards import Shards, Share, seal_digest
 from braintumor.errors import CriticalFinding, UserError

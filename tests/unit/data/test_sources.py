@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from braintumor.data.contents import list_contents
 from braintumor.data.intake import import_dataset
-from braintumor.data.manifest import list_contents
 from braintumor.errors import UserError
 
 OLD = {"train/glioma/old.jpg": b"old"}

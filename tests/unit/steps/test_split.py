@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from braintumor.artifacts import sha256_of_file, write_json
-from braintumor.data.manifest import dataset_md5, load_manifest, survey, write_manifest
+from braintumor.data.contents import dataset_md5
+from braintumor.data.manifest import load_manifest, survey, write_manifest
 from braintumor.data.split_artifact import load_split
 from braintumor.data.splits import make_splits, side_of
 from braintumor.errors import UserError

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from braintumor.artifacts import ACCEPTED
-from braintumor.data.manifest import dataset_md5, load_manifest
+from braintumor.data.contents import dataset_md5
+from braintumor.data.manifest import load_manifest
 from braintumor.data.profile import Accepted, load_profile, write_accepted
 from braintumor.errors import CriticalFinding, UserError
 from braintumor.labels import CLASS_NAMES
