@@ -36,7 +36,7 @@ TRANSPORT = {"braintumor.object_store", "braintumor.data.dvc_remote", "braintumo
 # The data version and the split are checked through these; their own results are files that the stage depends on.
 CHECKS = SEARCH | {
     f"braintumor.data.{name}"
-    for name in ("manifest", "masks", "duplicates", "oddities", "patients", "splits", "split_check")
+    for name in ("contents", "manifest", "masks", "duplicates", "oddities", "patients", "splits", "split_check")
 }
 # They make what MLflow is shown of the data, beside the step's result.
 SHOWN_IN_THE_RUN = {"braintumor.data.profile", "braintumor.data.privacy"}
@@ -51,7 +51,7 @@ EXEMPT = {
     "evaluate": (
         CHECKS | SHOWN_IN_THE_RUN | {f"braintumor.model.{name}" for name in ("densenet", "checkpoints", "flat")}
     )
-    - {f"braintumor.data.{name}" for name in ("masks", "patients", "privacy")},
+    - {f"braintumor.data.{name}" for name in ("contents", "masks", "patients", "privacy")},
     "gate": SHOWN_IN_THE_RUN,
 }
 
