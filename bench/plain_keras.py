@@ -1,10 +1,10 @@
 """The recipe as one writes it by hand in Keras: a generator that decodes every image every epoch, `fit`, `fit` again.
 
 DenseNet201 of keras.applications, in 32 bits, an ImageDataGenerator with the same augmentation, first with the backbone
-frozen, then with all of it trained by Adam. XLA is as Keras chooses (`jit` "auto"), unless the specification turns it
-off. `batch_norm` "train" is what comes of chaining layers: BatchNorm learns when the backbone is unfrozen. "rest" is
-the advice of Keras' guide, the backbone called with training=False: the statistics rest, scale and shift learn. With
-"frozen" these rest, too, as in this project. Nothing of this project is used.
+frozen, then with all of it trained by Adam. `jit` is Keras' jit_compile; its "auto" is XLA where there is a GPU, and no
+XLA on a CPU. `batch_norm` "train" is what comes of chaining layers: BatchNorm learns when the backbone is unfrozen.
+"rest" is the advice of Keras' guide, the backbone called with training=False: the statistics rest, scale and shift
+learn. With "frozen" these rest, too, as in this project. Nothing of this project is used.
 """
 
 import functools

@@ -202,14 +202,15 @@ def trials_of(options: argparse.Namespace, images: Path) -> list[Trial]:
               spec(**fine, jit=False, optimizer="sgd"), 30 + 3 * step, once),
         Trial("step", "plain-frozen", "plain Keras, Adam, without XLA, BatchNorm frozen", "plain_keras",
               spec(**fine, jit=False, batch_norm="frozen"), 70 + 2 * step, once),
-        Trial("step", "plain-xla", "plain Keras, Adam, XLA as Keras chooses", "plain_keras",
-              spec(**fine, jit="auto"), 263 + 3 * step, once),
+        Trial("step", "plain-auto", "plain Keras, Adam, compiled as Keras chooses", "plain_keras",
+              spec(**fine, jit="auto"), 89 + 3 * step, once),
     ]  # fmt: skip
     if options.full or options.tiny:
         told = "plain Keras, Adam, without XLA, BatchNorm learns"
-        found.append(
-            Trial("step", "plain-bn", told, "plain_keras", spec(**fine, jit=False, batch_norm="train"), 120 + 4 * step)
-        )
+        found += [
+            Trial("step", "plain-bn", told, "plain_keras", spec(**fine, jit=False, batch_norm="train"), 120 + 4 * step),
+            Trial("step", "plain-xla", "plain Keras, Adam, XLA", "plain_keras", spec(**fine, jit=True), 263 + 3 * step),
+        ]
     found += race_trials(options, base)
     found += lever_trials(options, base | {"n_train": few, "n_val": 64}, few * 0.026 * px)
     if options.torch_python:

@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if options.scratch:
+        options.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="braintumor-streaming-", dir=options.scratch) as name:
         folder = Path(name)
         if options.input_pipeline:
