@@ -108,7 +108,7 @@ bench-materialise: $(VENV)/dev  ## how fast a data version is fetched from S3, b
 	python bench/materialise.py
 
 clean:  ## remove what a run leaves: outputs and the registry of this folder
-	rm -rf build mlflow.db mlruns mlartifacts
+	rm -rf build mlflow.db mlflow.db-* mlruns mlartifacts
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "Error: $(PYTHON) is missing; install Python 3.11 (Debian: apt install python3.11-venv) or set PYTHON="; exit 1; }

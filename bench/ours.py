@@ -47,10 +47,9 @@ class Bench:
     def fit_head(self) -> None:
         """The head phase."""
         from braintumor.model import training
+        from braintumor.progress import silent
 
-        training.fit_head(
-            self.engine, self.classifier, self.train, self.val, self.params, self.history, lambda: None
-        )  # fmt: skip
+        training.fit_head(self.engine, self.classifier, self.train, self.val, self.params, self.history, silent)
 
     def fine_tune(self) -> None:
         """The fine-tuning."""

@@ -176,16 +176,17 @@ def trials_of(options: argparse.Namespace, images: Path) -> list[Trial]:
         # Without weights there would be no head phase, and BatchNorm would train.
         base["weights"] = str(tiny_weights(options))
     n = 96 if options.tiny else 2000 if options.full else 320
+    n_head = 96 if options.tiny else 2000 if options.full else 1000
     n_step = n if options.full or options.tiny else 192
     once = None if options.full else 1
     few = 64 if options.tiny else 640 if options.full else 128
     px = (options.size_px / 64) ** 2
-    forward, step = 0.016 * n * px, 0.026 * n_step * px
+    forward, step = 0.016 * n_head * px, 0.026 * n_step * px
 
     def spec(**more: Any) -> dict[str, Any]:
         return base | {"n_train": n, "n_val": 64} | more
 
-    head = {"what": "head", "epochs": 10}
+    head = {"what": "head", "epochs": 10, "n_train": n_head}
     fine = {"what": "fine_tune", "epochs": 3, "learning_rate": 1e-5, "n_train": n_step}
     ours_fine = fine | {"changes": {"optimizer": "adam", "learning_rate": 1e-5, "weight_decay": 0}}
     found = [

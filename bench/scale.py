@@ -54,7 +54,8 @@ def cost(images: int, gpus: int, numbers: Mapping[str, float], shards: int = 1) 
     exchange_s = 2 * (gpus - 1) / gpus * numbers["gradient_megabytes"] * 8e-3 / numbers["network_gigabits_per_s"]
     steps = math.ceil(n_train / (batch * gpus)) * numbers["epochs"]
     answers_s = numbers["epochs"] * n_val / (numbers["forward_images_per_s"] * gpus)
-    features_s = (n_train + n_val) / (numbers["forward_images_per_s"] * gpus) if numbers["head_epochs"] else 0
+    head_images = min(n_train, numbers["head_images"]) + n_val if numbers["head_epochs"] else 0
+    features_s = head_images / (numbers["forward_images_per_s"] * gpus)
     cores = numbers["cores_per_node"]
     return Cost(
         fetch_hours=images * numbers["source_kilobytes"] / 1e3 / numbers["fetch_megabytes_per_s"] / 3600,

@@ -20,7 +20,7 @@ from braintumor.model.flat import NAMES, Values
 from braintumor.model.image_store import Images
 from braintumor.model.optimizers import FlatOptimizer, constant_rate, make_optimizer
 from braintumor.params import TrainParams
-from braintumor.progress import Advance
+from braintumor.progress import Advance, Progress
 
 # Between two checkpoints within an epoch: what the loss of a node may cost, where an epoch takes hours.
 CHECKPOINT_EVERY_S = 600.0
@@ -165,7 +165,7 @@ def fit_head(
     val: LabelledImages,
     params: TrainParams,
     history: History,
-    advance: Advance,
+    progress: Progress,
 ) -> None:
     """The head is trained on features of the frozen backbone, which are computed once for each view of an image.
 
@@ -177,12 +177,15 @@ def fit_head(
     if len(views) > params.images_in_memory:
         chosen = np.random.default_rng((params.seed, 0)).choice(views, params.images_in_memory, replace=False)
         views = np.sort(chosen)
-    features = _view_features(engine, train, views, params)
-    val_features = outputs_of(engine, val.images)[0]
+    counts = [int((views < n).sum()), int((views >= n).sum()), len(val.labels)]
+    advance = progress("train: features for the head", sum(_own_answers(engine, count) for count in counts))
+    features = _view_features(engine, train, views, params, advance)
+    val_features = outputs_of(engine, val.images, between=advance)[0]
     labels = train.labels[views % n]
     weights, targets = sample_weights(labels, params), one_hot(labels)
     head = _head_engine(classifier, features.shape[1], params)
     no_draws = np.zeros((len(views), 0), np.float32)
+    advance = progress("train: head on cached features", params.head_epochs)
     for epoch in range(1, params.head_epochs + 1):
         started = time.monotonic()
         head.begin_epoch()
@@ -208,15 +211,15 @@ def fit_head(
 
 
 def _view_features(
-    engine: Engine, train: LabelledImages, views: NDArray[np.int64], params: TrainParams
+    engine: Engine, train: LabelledImages, views: NDArray[np.int64], params: TrainParams, advance: Advance
 ) -> NDArray[np.float32]:
     """Features (n, 1920) of views; view v is image v % n_images, as it is where v < n_images."""
     n = len(train.labels)
     plain, varied = views[views < n], views[views >= n]
-    found = [outputs_of(engine, train.images, plain)[0]]
+    found = [outputs_of(engine, train.images, plain, between=advance)[0]]
     if len(varied):
         draws = augmentation_draws(params.seed, 0, varied)
-        found.append(outputs_of(engine, train.images, varied % n, draws)[0])
+        found.append(outputs_of(engine, train.images, varied % n, draws, between=advance)[0])
     return np.concatenate(found)
 
 
@@ -321,9 +324,7 @@ def outputs_of(
     rows = np.arange(len(images)) if rows is None else rows
     placement, size = engine.placement, engine.rows_an_answer
     found = [np.zeros((len(rows), width), np.float32) for width in engine.widths]
-    for number, start in enumerate(range(0, len(rows), size)):
-        if number % placement.workers != placement.rank:
-            continue
+    for start in range(placement.rank * size, len(rows), placement.workers * size):
         part = slice(start, start + size)
         between()
         outputs = engine.answers(images[rows[part]], None if draws is None else draws[part], averaged=averaged)
@@ -333,6 +334,12 @@ def outputs_of(
         return found
     # Where one worker has the numbers, all others have zeros.
     return [sum_over_workers(engine.strategy, whole) for whole in found]
+
+
+def _own_answers(engine: Engine, n_images: int) -> int:
+    """How often this worker calls `between` in `outputs_of`."""
+    size, placement = engine.rows_an_answer, engine.placement
+    return len(range(placement.rank * size, n_images, placement.workers * size))
 
 
 def steps_per_epoch(n_images: int, params: TrainParams) -> int:

@@ -4,15 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from braintumor.errors import UserError
+from braintumor.interruption import deferred_interruptions
 from braintumor.progress import warn
 from braintumor.registry.attempts import (
     FAILED,
     RUNNING,
     STEP,
-    _in_words,
-    _mark,
-    _run_of_this_pipeline,
-    _sigterm_as_exit,
+    in_words,
+    mark,
+    run_of_this_pipeline,
+    sigterm_as_exit,
     without_traceback,
 )
 from braintumor.registry.server import connected
@@ -24,14 +25,16 @@ def part_of_the_step(step: str, part: str) -> Iterator[None]:
 
     What another part said of its failure stays; a part that failed and is tried again takes its own word back.
     """
-    with without_traceback(), _sigterm_as_exit():
-        run_id = _run_of_this_pipeline()
+    with without_traceback(), sigterm_as_exit():
+        run_id = run_of_this_pipeline()
         try:
             if not _has_another_failed(run_id, step, part):
-                _mark(run_id, step, RUNNING)
+                mark(run_id, step, RUNNING)
             yield
         except BaseException as error:
-            _mark(run_id, step, f"{FAILED}: {part}: {_in_words(error)}")
+            # A signal that comes now waits until this is told.
+            with deferred_interruptions():
+                mark(run_id, step, f"{FAILED}: {part}: {in_words(error)}")
             raise
 
 

@@ -131,20 +131,20 @@ def step_of_the_attempt(step: str, run_id: str | None = None, evidence: Path | N
     is kept in the run: Kubeflow keeps no results of a failed task. What MLflow can't be told is a warning: it must not
     cost the step. A UserError becomes its message and exit code, and SIGTERM (an eviction) an exit.
     """
-    with without_traceback(), _sigterm_as_exit():
+    with without_traceback(), sigterm_as_exit():
         try:
-            run_id = run_id or _run_of_this_pipeline()
-            _mark(run_id, step, RUNNING)
+            run_id = run_id or run_of_this_pipeline()
+            mark(run_id, step, RUNNING)
             with environment({"MLFLOW_RUN_ID": run_id} if run_id else {}):
                 yield
             # Resolve has opened one, perhaps.
-            run_id = run_id or _run_of_this_pipeline()
-            _mark(run_id, step, DONE)
+            run_id = run_id or run_of_this_pipeline()
+            mark(run_id, step, DONE)
         except BaseException as error:
             # A signal that comes now waits until this is told.
             with deferred_interruptions():
-                run_id = run_id or _run_of_this_pipeline()
-                _mark(run_id, step, f"{FAILED}: {_in_words(error)}")
+                run_id = run_id or run_of_this_pipeline()
+                mark(run_id, step, f"{FAILED}: {in_words(error)}")
                 _keep(run_id, step, evidence)
             raise
 
@@ -230,7 +230,8 @@ def _find(client: "MlflowClient", tag: str, pipeline_run: str, *, is_listed: boo
     return found[0] if found else None
 
 
-def _run_of_this_pipeline() -> str | None:
+def run_of_this_pipeline() -> str | None:
+    """The id of the attempt's run; None where there is none, or MLflow can't be asked, which is a warning."""
     try:
         with connected(is_patient=False) as client:
             found = _find(client, PIPELINE_RUN, _pipeline_run())
@@ -240,7 +241,8 @@ def _run_of_this_pipeline() -> str | None:
     return str(found.info.run_id) if found else None
 
 
-def _mark(run_id: str | None, step: str, value: str) -> None:
+def mark(run_id: str | None, step: str, value: str) -> None:
+    """The run, if there is one, says of the step what `value` says; where MLflow can't be told, this is a warning."""
     if run_id is None:
         return
     try:
@@ -260,14 +262,17 @@ def _keep(run_id: str | None, step: str, evidence: Path | None) -> None:
         warn(f"{error}. What {step} found is not kept")
 
 
-def _in_words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
+    """What ended a step, for the tag of its run."""
     if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
         return "terminated: evicted, its node was shut down, or over its time limit"
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
+def sigterm_as_exit() -> Iterator[None]:
+    """SIGTERM raises SystemExit in the block, in the main thread, so that what is open is closed and told."""
+
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
 

@@ -168,8 +168,7 @@ def _fit(
         # Hundreds of megabytes, and in the engine by now.
         del state
     elif classifier.is_pretrained and params.train.head_epochs:
-        advance = progress("train: head on cached features", params.train.head_epochs)
-        training.fit_head(engine, classifier, images["train"], images["val"], params.train, history, advance)
+        training.fit_head(engine, classifier, images["train"], images["val"], params.train, history, progress)
         _take_over(engine, history)
         save(training.state_of(engine, history))
     else:

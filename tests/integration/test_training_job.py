@@ -21,7 +21,7 @@ from braintumor.artifacts import read_json, sha256_of_file, write_json
 from braintumor.data.split_artifact import SPLIT_FACTS
 from braintumor.errors import UserError
 from braintumor.model.saved import model_digest
-from braintumor.registry.attempts import _sigterm_as_exit
+from braintumor.registry.attempts import sigterm_as_exit
 from components import training_job
 from components.training_job import run_training_job
 
@@ -223,7 +223,7 @@ def test_a_terminated_task_takes_its_job_with_it(task: Task) -> None:
         time.sleep(0.2)
 
     task.api.meanwhile = [lambda _: None, evict]
-    with pytest.raises(SystemExit) as ended, _sigterm_as_exit():
+    with pytest.raises(SystemExit) as ended, sigterm_as_exit():
         task.run()
     assert ended.value.code == 128 + signal.SIGTERM
     assert len(task.api.created) == 1

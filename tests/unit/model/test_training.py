@@ -1,5 +1,6 @@
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from braintumor.model.densenet import Classifier, build_classifier, import_keras
 from braintumor.model.flat import Values
 from braintumor.model.training import Epoch, History, LabelledImages
 from braintumor.params import Params
+from braintumor.progress import silent
 
 
 def labelled(n: int, seed: int = 0) -> LabelledImages:
@@ -95,12 +97,17 @@ def test_head_learns_from_features_of_the_frozen_backbone(recipe: Params, monkey
     train = recipe.train.model_copy(update={"head_epochs": 30, "head_learning_rate": 0.01, "dropout": 0.0})
     classifier = build_classifier(train)
     before = [weight.copy() for weight in classifier.backbone.get_weights()]
-    history, advanced = History(on_epoch=lambda row: None), []
-    engine = training.make_engine(classifier, train, 48)
-    training.fit_head(
-        engine, classifier, labelled(48), labelled(16, seed=1), train, history, lambda: advanced.append(1)
-    )
-    assert len(history.epochs) == len(advanced) == 30
+    history, announced, done = History(on_epoch=lambda row: None), dict[str, int](), Counter[str]()
+
+    def progress(title: str, total: int) -> Callable[[], None]:
+        announced[title] = total
+        return lambda: done.update([title])
+
+    engine = training.make_engine(classifier, train, 200)
+    training.fit_head(engine, classifier, labelled(200), labelled(16, seed=1), train, history, progress)
+    assert len(history.epochs) == 30
+    # 64 images at a time: four times for 200, once for 16.
+    assert announced == done == {"train: features for the head": 5, "train: head on cached features": 30}
     assert history.epochs[-1].train_loss < history.epochs[0].train_loss
     assert history.best is not None
     assert history.best.val_accuracy >= 0.75
@@ -132,7 +139,7 @@ def trained(
     classifier, history, states = small_classifier(train.precision), History(on_epoch=lambda row: None), []
     engine = training.make_engine(classifier, train, 24)
     if state is None:
-        training.fit_head(engine, classifier, labelled(24), labelled(16, seed=1), train, history, lambda: None)
+        training.fit_head(engine, classifier, labelled(24), labelled(16, seed=1), train, history, silent)
         states.append(training.state_of(engine, history))
     else:
         training.restore(engine, history, state)
