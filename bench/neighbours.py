@@ -2,7 +2,7 @@
 
     python bench/neighbours.py --images 50000 --exact --parts 1 4 --output build/bench
     python bench/neighbours.py --images 1000000 --parts 1 4 --folder /scratch --output build/bench
-    python bench/neighbours.py --dataset ../shared/brain-tumor-mri --exact --parts 1 4 --output build/bench
+    python bench/neighbours.py --dataset FOLDER --exact --parts 1 4 --output build/bench
 
 Synthetic fingerprints are those of `fingerprints.py`, written to a file that is removed at the end; with --dataset they
 are of all images in a folder. Every division into parts must give the same groups, each part computed from the files

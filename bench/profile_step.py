@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a network of few layers")
     parser.add_argument("--of", choices=("plain", "ours"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if not options.images.is_file():
+        parser.error(f"--images: there is no {options.images}; make bench writes it")
     if options.of:
         print(json.dumps(profile(options)))
         return

@@ -70,8 +70,14 @@ def run(workers: int, threads: int, options: argparse.Namespace) -> list[dict[st
                 environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": rank}})
             command = [sys.executable, __file__, *sys.argv[1:], "--in-worker", str(result)]
             processes.append(subprocess.Popen(command, env=environ))
-        if any(process.wait() for process in processes):
-            sys.exit("Error: a worker failed")
+        # A worker that is left alone would wait for the others.
+        while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
+            time.sleep(0.1)
+        if any(process.poll() for process in processes):
+            for process in processes:
+                process.kill()
+                process.wait()
+            sys.exit("Error: a worker failed; what it said stands above")
         return [json.loads(result.read_text(encoding="utf-8")) for result in results]
 
 

@@ -271,6 +271,20 @@ def test_everything_is_in_one_namespace_whose_quota_has_room_for_four_nodes() ->
     assert int(hard["requests.memory"].removesuffix("Gi")) > 4 * int(cluster.train.memory.removesuffix("Gi"))
 
 
+def test_the_quota_that_trainer_brings_has_room_for_the_jobset_by_hand_and_that_of_production_has_none() -> None:
+    (replicated,) = jobset_of("training/jobset")["replicatedJobs"]
+    nodes = replicated["template"]["spec"]["parallelism"]
+    (container,) = pod_of("training/jobset")["containers"]
+    gpus = nodes * int(container["resources"]["requests"]["nvidia.com/gpu"])
+    # docs/scale.md has it patched by hand.
+    patch = {
+        one["path"].rpartition("/")[2]: one["value"]
+        for one in yaml.safe_load((ROOT / "k8s/training/trainer/quota.yaml").read_text())
+    }
+    assert int(patch["requests.nvidia.com~1gpu"]) >= gpus
+    assert int(the("overlays/production", "ResourceQuota")["spec"]["hard"]["requests.nvidia.com/gpu"]) < gpus
+
+
 def test_the_task_of_several_nodes_has_no_gpu_of_its_own_and_all_the_time_of_the_training() -> None:
     profile = on_nodes(4)
     graph, platform = (one for one in yaml.safe_load_all(compile_pipeline(profile, IMAGE)) if one)
