@@ -185,7 +185,7 @@ def trials_of(options: argparse.Namespace, images: Path) -> list[Trial]:
         base["weights"] = str(tiny_weights(options))
     n = 96 if options.tiny else 2000 if options.full else 320
     n_head = 96 if options.tiny else 2000
-    n_step = n if options.full or options.tiny else 192
+    n_step = n if options.full or options.tiny else 640
     once = None if options.full else 1
     few = 64 if options.tiny else 640 if options.full else 128
     px = (options.size_px / 64) ** 2
@@ -195,7 +195,7 @@ def trials_of(options: argparse.Namespace, images: Path) -> list[Trial]:
         return base | {"n_train": n, "n_val": 64} | more
 
     head = {"what": "head", "epochs": 10, "n_train": n_head}
-    fine = {"what": "fine_tune", "epochs": 6, "learning_rate": 1e-5, "n_train": n_step}
+    fine = {"what": "fine_tune", "epochs": 4, "learning_rate": 1e-5, "n_train": n_step}
     ours_fine = fine | {"changes": {"optimizer": "adam", "learning_rate": 1e-5, "weight_decay": 0}}
     found = [
         Trial("input", "ours", "batches of this project", "ours", spec(what="pipeline", epochs=20, n_train=2 * n), 9),
@@ -205,18 +205,18 @@ def trials_of(options: argparse.Namespace, images: Path) -> list[Trial]:
               spec(**head), 20 + 10 * forward),
         Trial("head", "ours-4", "features once, four views", "ours",
               spec(**head, head_epochs=10, changes={"head_views": 4}), 20 + 4 * forward, once),
-        Trial("step", "ours", "this project, Adam", "ours", spec(**ours_fine), 22 + 6 * step),
-        Trial("step", "plain", "plain Keras, Adam", "plain_keras", spec(**fine), 89 + 9 * step),
+        Trial("step", "ours", "this project, Adam", "ours", spec(**ours_fine), 22 + 4 * step),
+        Trial("step", "plain", "plain Keras, Adam", "plain_keras", spec(**fine), 60 + 6 * step),
         Trial("step", "plain-frozen", "plain Keras, Adam, BatchNorm frozen", "plain_keras",
-              spec(**fine, batch_norm="frozen"), 40 + 8 * step),
+              spec(**fine, batch_norm="frozen"), 25 + 4 * step),
         Trial("step", "plain-sgd", "plain Keras, SGD", "plain_keras",
-              spec(**fine, optimizer="sgd"), 30 + 9 * step, once),
+              spec(**fine, optimizer="sgd"), 30 + 6 * step, once),
     ]  # fmt: skip
     if options.full or options.tiny:
         told = "plain Keras, Adam, BatchNorm learns"
         found += [
-            Trial("step", "plain-bn", told, "plain_keras", spec(**fine, batch_norm="train"), 120 + 10 * step),
-            Trial("step", "plain-xla", "plain Keras, Adam, XLA", "plain_keras", spec(**fine, jit=True), 263 + 9 * step),
+            Trial("step", "plain-bn", told, "plain_keras", spec(**fine, batch_norm="train"), 120 + 7 * step),
+            Trial("step", "plain-xla", "plain Keras, Adam, XLA", "plain_keras", spec(**fine, jit=True), 263 + 6 * step),
         ]
     found += race_trials(options, base)
     found += lever_trials(options, base | {"n_train": few, "n_val": 64}, few * 0.026 * px)
