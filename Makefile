@@ -77,7 +77,7 @@ pretrain-sample: $(VENV)/dev  ## pre-train the sample's backbone anew; more than
 	braintumor model pretrain-sample build/pretrain/densenet201-phantoms.weights.h5
 
 # Ours beside plain Keras, and PyTorch where BENCH names a Python that has it: make bench BENCH='--torch-python FILE'
-bench: $(VENV)/run data  ## ours beside plain Keras: ratios with spread, table and plots in build/bench; 50 minutes on two cores
+bench: $(VENV)/run data  ## ours beside plain Keras: ratios with spread, table and plots in build/bench; an hour on two cores
 	python bench/run.py $(BENCH)
 
 bench-pipeline: $(VENV)/run data  ## the pipeline without its training, by the model in build/: seconds and memory a step
